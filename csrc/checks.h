@@ -1,0 +1,121 @@
+// Argument checks. Every message names the op, the argument, what was expected and what came.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "counters.h"
+
+namespace retro {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+template <typename... Parts>
+void check(bool ok, const char* op, const Parts&... parts) {
+  if (!ok) fail(op, parts...);
+}
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::Long: return "torch.int64";
+    case ScalarType::Int: return "torch.int32";
+    case ScalarType::Bool: return "torch.bool";
+    default: return "another dtype";
+  }
+}
+
+inline constexpr int64_t kAny = -1;
+
+// `letters` names the axes, e.g. "B, Hkv, T, D"; kAny in `expected` accepts any size.
+inline void check_shape(
+    const char* op,
+    const char* name,
+    const Tensor& tensor,
+    const char* letters,
+    std::initializer_list<int64_t> expected) {
+  bool ok = tensor.dim() == static_cast<int64_t>(expected.size());
+  int64_t axis = 0;
+  for (int64_t size : expected) {
+    if (!ok) break;
+    ok = size == kAny || tensor.size(axis) == size;
+    ++axis;
+  }
+  if (ok) return;
+  std::ostringstream want, got;
+  for (auto size = expected.begin(); size != expected.end(); ++size) {
+    if (size != expected.begin()) want << ", ";
+    if (*size == kAny) want << "any";
+    else want << *size;
+  }
+  for (int64_t i = 0; i < tensor.dim(); ++i) got << (i ? ", " : "") << tensor.size(i);
+  fail(op, name, " must be [", letters, "] = [", want.str(), "], got [", got.str(), "]");
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType expected) {
+  check(
+      tensor.scalar_type() == expected, op, name, " must be ", dtype_name(expected), ", got ",
+      dtype_name(tensor.scalar_type()));
+}
+
+// The element type of queries, keys and values.
+inline void check_element_dtype(const char* op, const char* name, const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  check(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, name,
+      " must be torch.float32, torch.bfloat16 or torch.float16, got ", dtype_name(type));
+}
+
+inline constexpr int64_t kMaxHeadDim = 256;
+
+inline void check_head_dim(const char* op, int64_t head_dim) {
+  check(
+      head_dim >= 16 && head_dim <= kMaxHeadDim && head_dim % 16 == 0, op,
+      "head_dim must be a multiple of 16 from 16 to 256, got ", head_dim);
+}
+
+// Kernels read whole rows; every other axis may have any stride.
+inline void check_rows(const char* op, const char* name, const Tensor& tensor) {
+  check(
+      tensor.numel() == 0 || tensor.stride(tensor.dim() - 1) == 1, op, name,
+      " must have stride 1 on its last axis, since it is changed in place, got ",
+      tensor.stride(tensor.dim() - 1));
+}
+
+inline void check_contiguous(const char* op, const char* name, const Tensor& tensor) {
+  check(tensor.is_contiguous(), op, name, " must be contiguous");
+}
+
+inline void check_counters(const char* op, const Tensor& counters, int64_t rows) {
+  check_shape(op, "counters", counters, "B, columns", {rows, kCounters});
+  check_dtype(op, "counters", counters, ScalarType::Long);
+  check_contiguous(op, "counters", counters);
+}
+
+// An input whose rows can be read in place, or a copy of it.
+inline Tensor readable(const Tensor& tensor) {
+  if (tensor.numel() == 0 || tensor.stride(tensor.dim() - 1) == 1) return tensor;
+  return torch::stable::contiguous(tensor);
+}
+
+}  // namespace retro

@@ -1,0 +1,18 @@
+// Columns of `counters`, int64 [B, kCounters]: all that a step must know about a row, on the device.
+#pragma once
+
+#include <cstdint>
+
+namespace retro {
+
+enum Counter : int64_t {
+  kSteadyTokens = 0,  // tokens in the steady zone: sinks, tokens not yet indexed, latest tokens
+  kIndexedTokens,     // tokens in the KV store, in cluster order
+  kClusters,          // live clusters of the index
+  kUpdates,           // segments that have become clusters while decoding
+  kRetrievedTokens,   // tokens retrieved so far, over KV heads and steps
+  kSteps,             // decode steps so far
+  kCounters,
+};
+
+}  // namespace retro

@@ -1,0 +1,231 @@
+// Vectors of float32 as wide as a register, in GCC and Clang vector extensions: one source, compiled once
+// per instruction set (see cpu_avx512.cpp, cpu_avx2.cpp, cpu_portable.cpp). Included inside namespace
+// retro::RETRO_ISA only, after the system headers. head_dim is a multiple of 16, so rows have no tails.
+
+#if RETRO_ISA_LEVEL >= 2
+constexpr int64_t kLanes = 16;
+#elif RETRO_ISA_LEVEL == 1
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+
+typedef float floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t bits32 __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t halves __attribute__((vector_size(2 * kLanes)));
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+template <typename To, typename From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+inline floats splat(float value) { return floats{} + value; }
+
+inline floats load(const float* p) {
+  floats v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline floats load(const bfloat16* p) {
+  halves bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bit_cast<floats>(__builtin_convertvector(bits, bits32) << 16);
+}
+
+inline floats load(const float16* p) {
+#if RETRO_ISA_LEVEL >= 2
+  // The zero-masking forms keep GCC 12 from warning about an undefined register.
+  return (floats)_mm512_maskz_cvtph_ps(
+      0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif RETRO_ISA_LEVEL == 1
+  return (floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  halves half;
+  std::memcpy(&half, p, sizeof(half));
+  const bits32 bits = __builtin_convertvector(half, bits32);
+  // Exponent and fraction in place, then 2^112 moves the bias from 15 to 127; subnormals come out right.
+  const floats moved = bit_cast<floats>((bits & 0x7fffu) << 13) * bit_cast<float>(0x77800000u);
+  const bits32 special = (bits32)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return bit_cast<floats>(bit_cast<bits32>(moved) | special | ((bits & 0x8000u) << 16));
+#endif
+}
+
+inline void store(float* p, floats v) { std::memcpy(p, &v, sizeof(v)); }
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline void store(bfloat16* p, floats v) {
+  const bits32 bits = bit_cast<bits32>(v);
+  const bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bits32 is_nan = (bits32)(v != v);
+  const halves out = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), halves);
+  std::memcpy(p, &out, sizeof(out));
+}
+
+inline void store(float16* p, floats v) {
+#if RETRO_ISA_LEVEL >= 2
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0));
+#else
+  for (int64_t i = 0; i < kLanes; ++i) {
+    p[i].bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(v[i]);
+  }
+#endif
+}
+
+inline floats max_each(floats a, floats b) { return a > b ? a : b; }
+
+typedef float quad __attribute__((vector_size(16)));
+
+inline quad lane_sums(floats v) {
+#if RETRO_ISA_LEVEL > 0
+  typedef float eight __attribute__((vector_size(32)));
+  eight part[kLanes / 8];
+  std::memcpy(part, &v, sizeof(v));
+  for (int64_t i = 1; i < kLanes / 8; ++i) part[0] += part[i];
+  quad half[2];
+  std::memcpy(half, part, sizeof(half));
+  return half[0] + half[1];
+#else
+  return v;
+#endif
+}
+
+inline float reduce_add(floats v) {
+  const quad sums = lane_sums(v);
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
+
+inline float reduce_max(floats v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof(v));
+  float best = lanes[0];
+  for (int64_t i = 1; i < kLanes; ++i) best = std::max(best, lanes[i]);
+  return best;
+}
+
+// e^x to about 2 units in the last place; 0 below -87.3, where float32 would go subnormal.
+inline floats exp_each(floats x) {
+  const floats floor = splat(-87.3f);
+  const ints underflow = x < floor;
+  x = max_each(x, floor);
+  x = x > 88.7f ? splat(88.7f) : x;
+  // x = n ln 2 + r with |r| <= ln 2 / 2; adding 1.5 * 2^23 rounds to an integer
+  const floats shifted = x * 1.44269504f + 12582912.0f;
+  const floats n = shifted - 12582912.0f;
+  const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  floats p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const ints exponent = (bit_cast<ints>(shifted) - 0x4b400000) << 23;
+  const floats result = bit_cast<floats>(bit_cast<ints>(p) + exponent);
+  return underflow ? splat(0.0f) : result;
+}
+
+template <typename T>
+inline void load_row(const T* row, int64_t head_dim, float* out) {
+  for (int64_t d = 0; d < head_dim; d += kLanes) store(out + d, load(row + d));
+}
+
+// logits[g * stride + r] = q[g] . rows[r], for a tile of RT rows and GT queries
+template <int RT, int GT, typename T>
+inline void dot_tile(
+    const T* const* rows, const float* q, int64_t head_dim, float* logits, int64_t stride) {
+  floats sums[RT][GT] = {};
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    floats query[GT];
+    for (int g = 0; g < GT; ++g) query[g] = load(q + g * head_dim + d);
+    for (int r = 0; r < RT; ++r) {
+      const floats key = load(rows[r] + d);
+      for (int g = 0; g < GT; ++g) sums[r][g] += key * query[g];
+    }
+  }
+  for (int r = 0; r < RT; ++r) {
+    for (int g = 0; g < GT; ++g) logits[g * stride + r] = reduce_add(sums[r][g]);
+  }
+}
+
+template <int GT, typename T>
+inline void dot_strip(
+    const T* const* rows, int64_t count, const float* q, int64_t head_dim, float* logits,
+    int64_t stride) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) dot_tile<4, GT>(rows + r, q, head_dim, logits + r, stride);
+  for (; r < count; ++r) dot_tile<1, GT>(rows + r, q, head_dim, logits + r, stride);
+}
+
+// logits[g * stride + r] = q[g] . rows[r]; q is float32 [groups, head_dim]
+template <typename T>
+inline void dot_rows(
+    const T* const* rows, int64_t count, const float* q, int64_t groups, int64_t head_dim,
+    float* logits, int64_t stride) {
+  int64_t g = 0;
+  for (; g + 4 <= groups; g += 4) {
+    dot_strip<4>(rows, count, q + g * head_dim, head_dim, logits + g * stride, stride);
+  }
+  for (; g + 2 <= groups; g += 2) {
+    dot_strip<2>(rows, count, q + g * head_dim, head_dim, logits + g * stride, stride);
+  }
+  for (; g < groups; ++g) {
+    dot_strip<1>(rows, count, q + g * head_dim, head_dim, logits + g * stride, stride);
+  }
+}
+
+template <int DT, int GT, typename T>
+inline void accumulate_tile(
+    const T* const* rows, int64_t count, int64_t d, const float* weights, int64_t stride,
+    int64_t head_dim, float* sums) {
+  floats sum[GT][DT];
+  for (int g = 0; g < GT; ++g) {
+    for (int i = 0; i < DT; ++i) sum[g][i] = load(sums + g * head_dim + d + i * kLanes);
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    floats value[DT];
+    for (int i = 0; i < DT; ++i) value[i] = load(rows[r] + d + i * kLanes);
+    for (int g = 0; g < GT; ++g) {
+      for (int i = 0; i < DT; ++i) sum[g][i] += value[i] * weights[g * stride + r];
+    }
+  }
+  for (int g = 0; g < GT; ++g) {
+    for (int i = 0; i < DT; ++i) store(sums + g * head_dim + d + i * kLanes, sum[g][i]);
+  }
+}
+
+template <int GT, typename T>
+inline void accumulate_strip(
+    const T* const* rows, int64_t count, const float* weights, int64_t stride, int64_t head_dim,
+    float* sums) {
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) {
+    accumulate_tile<4, GT>(rows, count, d, weights, stride, head_dim, sums);
+  }
+  for (; d < head_dim; d += kLanes) {
+    accumulate_tile<1, GT>(rows, count, d, weights, stride, head_dim, sums);
+  }
+}
+
+// sums[g] += sum_r weights[g * stride + r] rows[r]; sums is float32 [groups, head_dim]
+template <typename T>
+inline void accumulate_rows(
+    const T* const* rows, int64_t count, const float* weights, int64_t stride, int64_t groups,
+    int64_t head_dim, float* sums) {
+  int64_t g = 0;
+  for (; g + 4 <= groups; g += 4) {
+    accumulate_strip<4>(rows, count, weights + g * stride, stride, head_dim, sums + g * head_dim);
+  }
+  for (; g < groups; ++g) {
+    accumulate_strip<1>(rows, count, weights + g * stride, stride, head_dim, sums + g * head_dim);
+  }
+}

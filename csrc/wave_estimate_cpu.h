@@ -1,0 +1,276 @@
+// CPU kernel of wave_estimate. Included inside namespace retro::RETRO_ISA only.
+//
+// With logit_gi = scale q_g . c_i, cluster i has for query g the estimated mass
+//   mass_gi = size_i (1 + v_gi) exp(logit_gi),   v_gi = scale^2 / 2 variance_i sum_d q_gd^2 residual_d,
+// residual normalised to sum to 1 (v = 0 for the paper's estimator). Clusters rank by the mass relative
+// to the row's total, summed over the G queries of a KV head; the paper ranks by exp(logit) alone.
+
+constexpr int64_t kScoreChunk = 256;     // clusters scored by one task
+constexpr int64_t kEstimateChunk = 512;  // clusters estimated by one task; fixed, so that sums are too
+
+struct WaveMemory {
+  int64_t padded;   // C rounded up to whole vectors
+  int64_t partials;  // estimation tasks of one (row, head)
+  float* query;     // [B * Hkv, G, D], times scale
+  float* spread;    // [B * Hkv, G]: v_gi / variance_i
+  float* mass;      // [B * Hkv, G, padded]: logits, then masses
+  float* rank;      // [B * Hkv, padded]: one query's ranking terms
+  float* score;     // [B * Hkv, padded]
+  uint64_t* order;  // [B * Hkv, padded]: sort keys; then the ids of the estimated clusters
+  float* largest;   // [B * Hkv, G]: largest logit
+  float* sums;      // [B * Hkv, partials, G, D]
+  int64_t* chosen;  // [B * Hkv, 2]: retrieved, estimated clusters
+};
+
+inline WaveMemory wave_memory(const WaveEstimateParams& params) {
+  const int64_t tasks = params.batch * params.heads, groups = params.groups;
+  WaveMemory memory;
+  memory.padded = round_up(std::max<int64_t>(params.clusters, 1), kLanes);
+  memory.partials = (params.clusters + kEstimateChunk - 1) / kEstimateChunk;
+  const int64_t sums = tasks * memory.partials * groups * params.head_dim;
+  Scratch& scratch = Scratch::of_this_thread();
+  scratch.begin(
+      Scratch::bytes<float>(tasks * groups * params.head_dim) +
+      2 * Scratch::bytes<float>(tasks * groups) +
+      Scratch::bytes<float>(tasks * groups * memory.padded) +
+      2 * Scratch::bytes<float>(tasks * memory.padded) +
+      Scratch::bytes<uint64_t>(tasks * memory.padded) +
+      Scratch::bytes<float>(sums) + Scratch::bytes<int64_t>(2 * tasks));
+  memory.query = scratch.take<float>(tasks * groups * params.head_dim);
+  memory.spread = scratch.take<float>(tasks * groups);
+  memory.largest = scratch.take<float>(tasks * groups);
+  memory.mass = scratch.take<float>(tasks * groups * memory.padded);
+  memory.rank = scratch.take<float>(tasks * memory.padded);
+  memory.score = scratch.take<float>(tasks * memory.padded);
+  memory.order = scratch.take<uint64_t>(tasks * memory.padded);
+  memory.sums = scratch.take<float>(sums);
+  memory.chosen = scratch.take<int64_t>(2 * tasks);
+  return memory;
+}
+
+template <typename T>
+inline void prepare_query(const WaveEstimateParams& params, const WaveMemory& memory, int64_t task) {
+  const int64_t b = task / params.heads, h = task % params.heads, head_dim = params.head_dim;
+  const float* residuals = params.residuals + task * head_dim;
+  floats total{};
+  for (int64_t d = 0; d < head_dim; d += kLanes) total += load(residuals + d);
+  const float residual_sum = reduce_add(total);
+  for (int64_t g = 0; g < params.groups; ++g) {
+    float* query = memory.query + (task * params.groups + g) * head_dim;
+    load_row(params.query.row<const T>(b, h, g), head_dim, query);
+    floats spread{};
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      const floats q = load(query + d) * params.scale;
+      store(query + d, q);
+      spread += q * q * load(residuals + d);
+    }
+    const bool spreads = params.use_variance && residual_sum > 0.0f;
+    memory.spread[task * params.groups + g] =
+        spreads ? 0.5f * reduce_add(spread) / residual_sum : 0.0f;
+  }
+}
+
+template <typename T>
+inline void score_chunk(
+    const WaveEstimateParams& params, const WaveMemory& memory, int64_t task, int64_t first,
+    int64_t last) {
+  const int64_t b = task / params.heads, h = task % params.heads;
+  const float* query = memory.query + task * params.groups * params.head_dim;
+  float* logits = memory.mass + task * params.groups * memory.padded;
+  const T* rows[kLanes];
+  for (int64_t c = first; c < last; c += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, last - c);
+    for (int64_t i = 0; i < count; ++i) rows[i] = params.centroid_keys.row<const T>(b, h, c + i);
+    dot_rows(rows, count, query, params.groups, params.head_dim, logits + c, memory.padded);
+  }
+}
+
+// sizes of clusters c .. c + 15, 0 behind the last live one
+inline floats sizes_at(const int32_t* offsets, int64_t c, int64_t live) {
+  if (c + kLanes <= live) {
+    ints begin, end;
+    std::memcpy(&begin, offsets + c, sizeof(begin));
+    std::memcpy(&end, offsets + c + 1, sizeof(end));
+    return __builtin_convertvector(end - begin, floats);
+  }
+  floats sizes{};
+  for (int64_t i = 0; c + i < live; ++i) {
+    sizes[i] = static_cast<float>(offsets[c + i + 1] - offsets[c + i]);
+  }
+  return sizes;
+}
+
+inline floats variances_at(const float* variances, int64_t c, int64_t live) {
+  if (c + kLanes <= live) return load(variances + c);
+  floats values{};
+  for (int64_t i = 0; c + i < live; ++i) values[i] = variances[c + i];
+  return values;
+}
+
+// Logits become masses; the score of a cluster is its share, summed over the queries of the KV head.
+inline void rank_clusters(
+    const WaveEstimateParams& params, const WaveMemory& memory, int64_t task, int64_t live) {
+  const int32_t* offsets = params.offsets + task * (params.clusters + 1);
+  const float* variances = params.variances + task * params.clusters;
+  float* score = memory.score + task * memory.padded;
+  float* rank = memory.rank + task * memory.padded;
+  const int64_t padded = round_up(live, kLanes);
+  for (int64_t c = 0; c < padded; c += kLanes) store(score + c, splat(0.0f));
+  for (int64_t g = 0; g < params.groups; ++g) {
+    float* mass = memory.mass + (task * params.groups + g) * memory.padded;
+    for (int64_t c = live; c < padded; ++c) mass[c] = -std::numeric_limits<float>::infinity();
+    floats largest = splat(-std::numeric_limits<float>::infinity());
+    for (int64_t c = 0; c < padded; c += kLanes) largest = max_each(largest, load(mass + c));
+    const float top = reduce_max(largest);
+    memory.largest[task * params.groups + g] = top;
+    const float spread = memory.spread[task * params.groups + g];
+    floats total{};
+    for (int64_t c = 0; c < padded; c += kLanes) {
+      const floats weight = exp_each(load(mass + c) - top);
+      const floats size = sizes_at(offsets, c, live);
+      const floats estimated = weight * size * (variances_at(variances, c, live) * spread + 1.0f);
+      const floats ranked = params.use_variance ? estimated : weight;
+      store(mass + c, estimated);
+      store(rank + c, ranked);
+      total += ranked;
+    }
+    const float inverse = 1.0f / reduce_add(total);
+    for (int64_t c = 0; c < padded; c += kLanes) {
+      store(score + c, load(score + c) + load(rank + c) * inverse);
+    }
+  }
+}
+
+// Ascending keys are descending scores, ties by cluster id. A cluster without tokens, or whose score is
+// not a number, comes behind all others.
+inline uint64_t sort_key(float score, int32_t size, int64_t cluster) {
+  const bool valid = size > 0 && score >= 0.0f;
+  const uint64_t high = valid ? 0xfffffffeull - bit_cast<uint32_t>(score) : 0xffffffffull;
+  return high << 32 | static_cast<uint64_t>(cluster);
+}
+
+inline void choose_clusters(
+    const WaveEstimateParams& params, const WaveMemory& memory, int64_t task, int64_t live) {
+  const int32_t* offsets = params.offsets + task * (params.clusters + 1);
+  const float* score = memory.score + task * memory.padded;
+  uint64_t* order = memory.order + task * memory.padded;
+  for (int64_t c = 0; c < live; ++c) order[c] = sort_key(score[c], offsets[c + 1] - offsets[c], c);
+  const int64_t retrieved =
+      retrieved_count(params.retrieval_budget, params.min_retrieved_clusters, live);
+  const int64_t estimated =
+      std::min(budget_count(params.estimation_budget, live), live - retrieved);
+  if (retrieved + estimated < live) {
+    std::nth_element(order, order + retrieved + estimated, order + live);
+  }
+  if (retrieved > 0 && estimated > 0) {
+    std::nth_element(order, order + retrieved, order + retrieved + estimated);
+  }
+  std::sort(order, order + retrieved);
+  int32_t* ids = params.retrieved + task * params.max_retrieved;
+  for (int64_t r = 0; r < retrieved; ++r) ids[r] = static_cast<int32_t>(order[r] & 0xffffffffu);
+  for (int64_t r = retrieved; r < params.max_retrieved; ++r) ids[r] = -1;
+  // Estimated clusters in the order of memory: sums come out the same every time.
+  uint64_t* rest = order + retrieved;
+  for (int64_t e = 0; e < estimated; ++e) rest[e] &= 0xffffffffu;
+  std::sort(rest, rest + estimated);
+  memory.chosen[2 * task] = retrieved;
+  memory.chosen[2 * task + 1] = estimated;
+}
+
+template <typename T>
+inline void estimate_chunk(
+    const WaveEstimateParams& params, const WaveMemory& memory, int64_t task, int64_t partial) {
+  const int64_t b = task / params.heads, h = task % params.heads;
+  const int64_t groups = params.groups, head_dim = params.head_dim;
+  const int64_t first = partial * kEstimateChunk;
+  const int64_t last = std::min(first + kEstimateChunk, memory.chosen[2 * task + 1]);
+  if (first >= last) return;
+  const uint64_t* ids = memory.order + task * memory.padded + memory.chosen[2 * task];
+  const float* mass = memory.mass + task * groups * memory.padded;
+  float* sums = memory.sums + (task * memory.partials + partial) * groups * head_dim;
+  std::memset(sums, 0, static_cast<size_t>(groups * head_dim) * sizeof(float));
+  constexpr int64_t kBlock = 32;
+  const T* rows[kBlock];
+  float weights[4 * kBlock];
+  for (int64_t e = first; e < last; e += kBlock) {
+    const int64_t count = std::min(kBlock, last - e);
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = params.centroid_values.row<const T>(b, h, static_cast<int64_t>(ids[e + i]));
+    }
+    for (int64_t g = 0; g < groups; g += 4) {
+      const int64_t queries = std::min<int64_t>(4, groups - g);
+      for (int64_t q = 0; q < queries; ++q) {
+        for (int64_t i = 0; i < count; ++i) {
+          weights[q * kBlock + i] = mass[(g + q) * memory.padded + static_cast<int64_t>(ids[e + i])];
+        }
+      }
+      accumulate_rows(rows, count, weights, kBlock, queries, head_dim, sums + g * head_dim);
+    }
+  }
+}
+
+inline void finish_estimate(const WaveEstimateParams& params, const WaveMemory& memory, int64_t task) {
+  const int64_t groups = params.groups, head_dim = params.head_dim;
+  const int64_t estimated = memory.chosen[2 * task + 1];
+  const int64_t partials = (estimated + kEstimateChunk - 1) / kEstimateChunk;
+  const uint64_t* ids = memory.order + task * memory.padded + memory.chosen[2 * task];
+  for (int64_t g = 0; g < groups; ++g) {
+    const float* mass = memory.mass + (task * groups + g) * memory.padded;
+    double total = 0.0;
+    for (int64_t e = 0; e < estimated; ++e) total += mass[ids[e]];
+    float* out = params.estimate + (task * groups + g) * head_dim;
+    float& lse = params.estimate_lse[task * groups + g];
+    if (total == 0.0) {
+      std::memset(out, 0, static_cast<size_t>(head_dim) * sizeof(float));
+      lse = -std::numeric_limits<float>::infinity();
+      continue;
+    }
+    lse = memory.largest[task * groups + g] + static_cast<float>(std::log(total));
+    const float inverse = static_cast<float>(1.0 / total);
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      floats sum{};
+      for (int64_t p = 0; p < partials; ++p) {
+        sum += load(memory.sums + ((task * memory.partials + p) * groups + g) * head_dim + d);
+      }
+      store(out + d, sum * inverse);
+    }
+  }
+}
+
+template <typename T>
+void wave_estimate_typed(const WaveEstimateParams& params) {
+  const WaveMemory memory = wave_memory(params);
+  const int64_t tasks = params.batch * params.heads;
+  const auto live = [&](int64_t task) {
+    return params.counters[task / params.heads * kCounters + kClusters];
+  };
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) prepare_query<T>(params, memory, task);
+  });
+  const int64_t chunks = (params.clusters + kScoreChunk - 1) / kScoreChunk;
+  torch::stable::parallel_for(0, tasks * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t task = i / chunks, first = i % chunks * kScoreChunk;
+      const int64_t last = std::min(first + kScoreChunk, live(task));
+      if (first < last) score_chunk<T>(params, memory, task, first, last);
+    }
+  });
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      rank_clusters(params, memory, task, live(task));
+      choose_clusters(params, memory, task, live(task));
+    }
+  });
+  torch::stable::parallel_for(0, tasks * memory.partials, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      estimate_chunk<T>(params, memory, i / memory.partials, i % memory.partials);
+    }
+  });
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) finish_estimate(params, memory, task);
+  });
+}
+
+void wave_estimate(const WaveEstimateParams& params) {
+  RETRO_DISPATCH(params.dtype, wave_estimate_typed, params);
+}

@@ -1,0 +1,16 @@
+"""Hugging Face models on retro_ops. Importing this registers the attention function `retro`."""
+
+try:
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "retro_ops.models needs transformers; install it with `pip install 'retro_ops[models]'`"
+    ) from error
+
+from retro_ops.models.attention import register
+from retro_ops.models.cache import RetroCache
+from retro_ops.models.load import load_model
+
+register()
+
+__all__ = ["RetroCache", "load_model"]

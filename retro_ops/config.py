@@ -1,0 +1,95 @@
+"""All numbers of RetroInfer in one frozen record, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from retro_ops.ops.wave_estimate import ESTIMATORS
+
+
+@dataclass(frozen=True)
+class RetroConfig:
+    """How a long KV cache is indexed and how much of it a step reads.
+
+    The defaults are the paper's (arXiv 2505.02922, section 5.1), but for `min_retrieved_clusters`
+    and `estimator`, which are ours. Budgets are fractions of a row's live clusters, rounded; their
+    sum may exceed 1 (estimation takes what retrieval leaves).
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of its range; the message has the value and the range.
+    """
+
+    sink_tokens: int = 4
+    """Tokens; first tokens of a row, always read exactly. At least 0."""
+    local_tokens: int = 64
+    """Tokens; latest tokens of a row, always read exactly. At least 1: a token reads itself."""
+    cluster_size: int = 16
+    """Tokens per cluster on average. At least 1."""
+    segment_size: int = 8192
+    """Tokens clustered together in a prompt. At least `cluster_size`."""
+    kmeans_iterations: int = 10
+    """Passes of k-means. At least 1."""
+    retrieval_budget: float = 0.018
+    """Fraction of clusters read exactly, in 0..1; 1 is dense attention up to rounding."""
+    min_retrieved_clusters: int = 64
+    """Clusters; floor under the retrieval zone, which matters in short contexts. 0 switches it off."""
+    estimation_budget: float = 0.232
+    """Fraction of clusters estimated from their centroids, in 0..1; the rest is left out."""
+    estimator: str = "variance"
+    """"variance" corrects a centroid's mass by the spread of its keys; "mean" is the paper's."""
+    update_segment: int = 1024
+    """Tokens that are indexed at once while decoding, and the shortest indexed prompt (besides sink
+    and local tokens). A positive multiple of `cluster_size`."""
+    page_size: int = 8
+    """Tokens per page of the page cache. At least 1."""
+    cache_ratio: float = 0.05
+    """Fraction of the KV that the page cache holds when offloaded, in 0..1."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+                raise TypeError(f"RetroConfig: {field.name} must be an int, got {value!r}")
+            if field.type == "float" and (
+                not isinstance(value, int | float) or isinstance(value, bool)
+            ):
+                raise TypeError(f"RetroConfig: {field.name} must be a number, got {value!r}")
+        lowest = {
+            "sink_tokens": 0,
+            "local_tokens": 1,
+            "cluster_size": 1,
+            "kmeans_iterations": 1,
+            "min_retrieved_clusters": 0,
+            "page_size": 1,
+        }
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise ValueError(
+                    f"RetroConfig: {name} must be at least {low}, got {getattr(self, name)}"
+                )
+        for name in ("retrieval_budget", "estimation_budget", "cache_ratio"):
+            value = getattr(self, name)
+            if math.isnan(value) or not 0 <= value <= 1:
+                raise ValueError(f"RetroConfig: {name} must lie in 0..1, got {value}")
+        if self.segment_size < self.cluster_size:
+            raise ValueError(
+                f"RetroConfig: segment_size must be at least cluster_size ({self.cluster_size}), "
+                f"got {self.segment_size}"
+            )
+        if self.update_segment < 1 or self.update_segment % self.cluster_size:
+            raise ValueError(
+                "RetroConfig: update_segment must be a positive multiple of cluster_size "
+                f"({self.cluster_size}), got {self.update_segment}"
+            )
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(
+                f"RetroConfig: estimator must be one of {', '.join(ESTIMATORS)}, "
+                f"got {self.estimator!r}"
+            )
+
+    @property
+    def steady_capacity(self) -> int:
+        """Tokens of the steady zone at which `update_segment` of them become clusters."""
+        return self.sink_tokens + self.local_tokens + self.update_segment

@@ -1,0 +1,70 @@
+"""One decode step: the data flow of the package, one line an op."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from retro_ops.ops import (
+    append_tokens,
+    cluster_gather,
+    grow_index,
+    merged_attention,
+    wave_estimate,
+)
+
+if TYPE_CHECKING:
+    from retro_ops.layer import RetroLayer
+
+
+def decode_step(
+    layer: RetroLayer, query: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> Tensor:
+    """Appends one token per row and attends to the whole context.
+
+    Args:
+        layer: the state; changed in place.
+        query: `[B, Hq, D]`.
+        keys, values: `[B, Hkv, 1, D]`.
+        scale: factor on q . k.
+
+    Returns:
+        `[B, Hq, D]` in query's dtype.
+    """
+    config, index = layer.config, layer.index
+    append_tokens(keys, values, None, layer.steady, layer.counters, layer.max_length)
+    grow_index(
+        layer.steady,
+        layer.store,
+        *index,
+        layer.counters,
+        config.sink_tokens,
+        config.local_tokens,
+        config.update_segment,
+        config.cluster_size,
+        config.kmeans_iterations,
+    )
+    retrieved, estimate, estimate_lse = wave_estimate(
+        query,
+        *index,
+        layer.counters,
+        layer.max_retrieved,
+        config.retrieval_budget,
+        config.min_retrieved_clusters,
+        config.estimation_budget,
+        config.estimator,
+        scale,
+    )
+    addresses = cluster_gather(retrieved, layer.offsets, layer.counters)
+    out, _ = merged_attention(
+        query,
+        layer.steady,
+        layer.store,
+        addresses,
+        layer.counters,
+        estimate,
+        estimate_lse,
+        scale,
+    )
+    return out

@@ -1,0 +1,20 @@
+"""The ops, in the order in which data flows through them. Schemas and CPU kernels are in `csrc/`."""
+
+from retro_ops import _library  # noqa: F401  (schemas first: fakes attach to them)
+from retro_ops.ops.append_tokens import append_tokens
+from retro_ops.ops.cluster_gather import cluster_gather
+from retro_ops.ops.cluster_keys import cluster_keys
+from retro_ops.ops.grow_index import grow_index
+from retro_ops.ops.merged_attention import merged_attention
+from retro_ops.ops.pack_clusters import pack_clusters
+from retro_ops.ops.wave_estimate import wave_estimate
+
+__all__ = [
+    "append_tokens",
+    "cluster_gather",
+    "cluster_keys",
+    "grow_index",
+    "merged_attention",
+    "pack_clusters",
+    "wave_estimate",
+]

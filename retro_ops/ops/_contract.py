@@ -1,0 +1,160 @@
+"""What all ops share: columns of `counters`, checks in the words of the C++ ones, and no backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ELEMENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Counter(IntEnum):
+    """Columns of `counters`, int64 `[B, len(Counter)]`; the same as in `csrc/counters.h`."""
+
+    STEADY_TOKENS = 0
+    INDEXED_TOKENS = 1
+    CLUSTERS = 2
+    UPDATES = 3
+    RETRIEVED_TOKENS = 4
+    STEPS = 5
+
+
+def cluster_count(tokens: int, cluster_size: int) -> int:
+    """Clusters that `tokens` tokens become: tokens / cluster_size, halves up, at least one."""
+    if tokens <= 0:
+        return 0
+    return max((2 * tokens + cluster_size) // (2 * cluster_size), 1)
+
+
+def segment_count(tokens: int, segment_size: int) -> int:
+    """Segments that `tokens` tokens are cut into: tokens / segment_size, halves up, at least one."""
+    return max((2 * tokens + segment_size) // (2 * segment_size), 1)
+
+
+def check_shape(
+    op: str, name: str, tensor: Tensor, letters: str, expected: Sequence[int | None]
+) -> None:
+    """Raises unless `tensor` has the expected sizes; None accepts any size."""
+
+    def message() -> str:
+        want = ", ".join("any" if size is None else str(size) for size in expected)
+        got = ", ".join(str(size) for size in tensor.shape)
+        return f"{op}: {name} must be [{letters}] = [{want}], got [{got}]"
+
+    torch._check(tensor.dim() == len(expected), message)
+    for size, want in zip(tensor.shape, expected, strict=True):
+        if want is not None:
+            torch._check(size == want, message)
+
+
+def check_dtype(op: str, name: str, tensor: Tensor, expected: torch.dtype) -> None:
+    """Raises unless `tensor` has dtype `expected`."""
+    torch._check(
+        tensor.dtype == expected, lambda: f"{op}: {name} must be {expected}, got {tensor.dtype}"
+    )
+
+
+def check_element_dtype(op: str, name: str, tensor: Tensor) -> None:
+    """Raises unless `tensor` has a dtype of queries, keys and values."""
+    torch._check(
+        tensor.dtype in ELEMENT_DTYPES,
+        lambda: (
+            f"{op}: {name} must be torch.float32, torch.bfloat16 or torch.float16, "
+            f"got {tensor.dtype}"
+        ),
+    )
+
+
+def check_head_dim(op: str, head_dim: int) -> None:
+    """Raises unless `head_dim` is a multiple of 16 from 16 to 256."""
+    torch._check(
+        head_dim % 16 == 0 and 16 <= head_dim <= 256,
+        lambda: f"{op}: head_dim must be a multiple of 16 from 16 to 256, got {head_dim}",
+    )
+
+
+def check_device(op: str, name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    """Raises unless `tensor` is on the device of `like`."""
+    torch._check(
+        tensor.device == like.device,
+        lambda: f"{op}: {name} must be on {like.device} like {like_name}, got {tensor.device}",
+    )
+
+
+def check_counters(op: str, counters: Tensor, rows: int) -> None:
+    """Raises unless `counters` is int64 `[B, len(Counter)]`."""
+    check_shape(op, "counters", counters, "B, columns", (rows, len(Counter)))
+    check_dtype(op, "counters", counters, torch.int64)
+
+
+def check_heads(op: str, query_heads: int, kv_heads: int) -> None:
+    """Raises unless query heads divide evenly over KV heads."""
+    torch._check(
+        kv_heads > 0 and query_heads % kv_heads == 0,
+        lambda: (
+            f"{op}: query heads must be a multiple of KV heads, got {query_heads} and {kv_heads}"
+        ),
+    )
+
+
+def check_index(
+    op: str,
+    index: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    counters: Tensor,
+    like: Tensor,
+    like_name: str,
+    sizes: tuple[int, int, int],
+) -> None:
+    """Checks (store, centroids, offsets, variances, residuals) for sizes (B, Hkv, D)."""
+    store, centroids, offsets, variances, residuals = index
+    rows, heads, head_dim = sizes
+    check_shape(op, "store", store, "2, B, Hkv, N, D", (2, rows, heads, None, head_dim))
+    check_dtype(op, "store", store, like.dtype)
+    check_shape(op, "centroids", centroids, "2, B, Hkv, C, D", (2, rows, heads, None, head_dim))
+    check_dtype(op, "centroids", centroids, like.dtype)
+    clusters = centroids.shape[3]
+    check_shape(op, "offsets", offsets, "B, Hkv, C + 1", (rows, heads, clusters + 1))
+    check_dtype(op, "offsets", offsets, torch.int32)
+    check_shape(op, "variances", variances, "B, Hkv, C", (rows, heads, clusters))
+    check_dtype(op, "variances", variances, torch.float32)
+    check_shape(op, "residuals", residuals, "B, Hkv, D", (rows, heads, head_dim))
+    check_dtype(op, "residuals", residuals, torch.float32)
+    check_counters(op, counters, rows)
+    for name, tensor in zip(
+        ("store", "centroids", "offsets", "variances", "residuals", "counters"),
+        (*index, counters),
+        strict=True,
+    ):
+        check_device(op, name, tensor, like, like_name)
+
+
+def refuse_backward(op: str, differentiable: Sequence[int], arguments: int) -> None:
+    """Registers a backward formula that raises when it runs, not when a graph is traced.
+
+    Args:
+        op: name of a functional op, without namespace.
+        differentiable: positions of the floating-point arguments.
+        arguments: number of arguments of the op.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(inputs[position] for position in differentiable))
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        # Depends on a gradient, so that a compiler cannot move it into the forward pass.
+        grad = next(grad for grad in grads if grad is not None and grad.is_floating_point())
+        results: list[Any] = [None] * arguments
+        for position, tensor in zip(differentiable, ctx.saved_tensors, strict=True):
+            results[position] = torch.ops.retro.no_backward(grad, tensor, op)
+        return tuple(results)
+
+    torch.library.register_autograd(f"retro::{op}", backward, setup_context=setup_context)
+
+
+@torch.library.register_fake("retro::no_backward")
+def _(grad: Tensor, argument: Tensor, op: str) -> Tensor:
+    return torch.empty_like(argument)

@@ -1,0 +1,93 @@
+"""Tokens that have gathered in the steady zone become clusters of the index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from retro_ops.ops import _contract as contract
+
+OP = "grow_index"
+
+
+def grow_index(
+    steady: Tensor,
+    store: Tensor,
+    centroids: Tensor,
+    offsets: Tensor,
+    variances: Tensor,
+    residuals: Tensor,
+    counters: Tensor,
+    sink_tokens: int,
+    local_tokens: int,
+    update_segment: int,
+    cluster_size: int,
+    iterations: int,
+) -> None:
+    """Indexes the oldest `update_segment` tokens behind the sinks of every row that has that many.
+
+    A row with at least sink_tokens + local_tokens + update_segment steady tokens gives up those after
+    the sinks: they are clustered as one segment and packed behind what the index holds, exactly as
+    `cluster_keys` and `pack_clusters` would; later steady tokens move up. Other rows are untouched.
+    Only `counters` decide, so the op may stand in every step of a compiled graph.
+
+    Source: RetroInfer (arXiv 2505.02922), section 4.2 (index update).
+
+    Args:
+        steady: `[2, B, Hkv, S, D]`, float32, bfloat16 or float16: keys, then values.
+        store, centroids, offsets, variances, residuals, counters: as in `pack_clusters`.
+        sink_tokens: first tokens of a row that stay, at least 0.
+        local_tokens: latest tokens of a row that stay, at least 0.
+        update_segment: tokens that are indexed at once, at least `cluster_size`.
+        cluster_size: tokens per cluster on average, at least 1.
+        iterations: passes of k-means, at least 1.
+
+    Mutates: all seven tensors.
+
+    Raises:
+        RuntimeError: a shape, dtype or number is wrong, or the store or index is full; nothing is
+            written then.
+    """
+    torch.ops.retro.grow_index(
+        steady,
+        store,
+        centroids,
+        offsets,
+        variances,
+        residuals,
+        counters,
+        sink_tokens,
+        local_tokens,
+        update_segment,
+        cluster_size,
+        iterations,
+    )
+
+
+@torch.library.register_fake(f"retro::{OP}")
+def _(
+    steady: Tensor,
+    store: Tensor,
+    centroids: Tensor,
+    offsets: Tensor,
+    variances: Tensor,
+    residuals: Tensor,
+    counters: Tensor,
+    sink_tokens: int,
+    local_tokens: int,
+    update_segment: int,
+    cluster_size: int,
+    iterations: int,
+) -> None:
+    contract.check_shape(OP, "steady", steady, "2, B, Hkv, S, D", (2, None, None, None, None))
+    contract.check_element_dtype(OP, "steady", steady)
+    _, rows, heads, _, head_dim = steady.shape
+    contract.check_head_dim(OP, head_dim)
+    contract.check_index(
+        OP,
+        (store, centroids, offsets, variances, residuals),
+        counters,
+        steady,
+        "steady",
+        (rows, heads, head_dim),
+    )

@@ -1,0 +1,219 @@
+"""Scores all clusters, chooses those to retrieve, estimates the next ones from their centroids."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from retro_ops.ops import _contract as contract
+from retro_ops.ops._contract import Counter
+
+OP = "wave_estimate"
+ESTIMATORS = ("variance", "mean")
+
+
+def retrieved_count(retrieval_budget: float, min_retrieved_clusters: int, clusters: int) -> int:
+    """Clusters that a row of `clusters` live clusters retrieves."""
+    return min(max(round(retrieval_budget * clusters), min_retrieved_clusters), clusters)
+
+
+def wave_estimate(
+    query: Tensor,
+    centroids: Tensor,
+    offsets: Tensor,
+    variances: Tensor,
+    residuals: Tensor,
+    counters: Tensor,
+    max_retrieved: int,
+    retrieval_budget: float,
+    min_retrieved_clusters: int,
+    estimation_budget: float,
+    estimator: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chooses the clusters to read exactly and estimates the next best from centroids.
+
+    For query head g of a KV head and cluster i, with mean key k_i, mean value v_i and size s_i:
+
+        mass_gi = s_i (1 + spread_gi) exp(scale q_g . k_i)
+        spread_gi = scale^2 / 2 variances_i sum_d q_gd^2 residuals_d / sum_d residuals_d
+        score_i = sum over g of mass_gi / sum_j mass_gj
+        estimate_g = sum_i mass_gi v_i / sum_i mass_gi    lse_g = log sum_i mass_gi
+
+    where the clusters of a row are sorted by score: the first max(round(retrieval_budget C),
+    min_retrieved_clusters) are retrieved, the next round(estimation_budget C) are estimated, and C
+    are the live clusters of the row. `estimator="mean"` has spread 0 and ranks by the softmax of
+    scale q . k alone, as the paper does. Ties go to the lower cluster.
+
+    Source: RetroInfer (arXiv 2505.02922), sections 4.1 and 4.2; departs in ranking by mass and in the
+    spread: exp is convex, so the centroid alone gives a lower bound of the mass (the paper's eq. 3),
+    and (1 + spread) is the log1p-damped second-order correction of it.
+
+    Args:
+        query: `[B, Hq, D]`, float32, bfloat16 or float16, any strides.
+        centroids, offsets, variances, residuals, counters: the wave index, as in `pack_clusters`.
+        max_retrieved: R, at least what `C` live clusters would retrieve.
+        retrieval_budget: fraction of live clusters to retrieve, in 0..1.
+        min_retrieved_clusters: floor under it, at least 0.
+        estimation_budget: fraction of live clusters to estimate, in 0..1.
+        estimator: "variance" or "mean".
+        scale: factor on q . k.
+
+    Returns:
+        retrieved `[B, Hkv, R]` int32 cluster ids, best first, -1 behind the last; estimate
+        `[B, Hq, D]` float32; lse `[B, Hq]` float32, natural log, -inf where nothing is estimated.
+
+    Raises:
+        RuntimeError: a shape, dtype or number is wrong; the message has the values.
+
+    Mutates nothing. Has no backward pass.
+    """
+    return torch.ops.retro.wave_estimate(
+        query,
+        centroids,
+        offsets,
+        variances,
+        residuals,
+        counters,
+        max_retrieved,
+        retrieval_budget,
+        min_retrieved_clusters,
+        estimation_budget,
+        estimator,
+        scale,
+    )
+
+
+class Scores(NamedTuple):
+    """What `wave_estimate` ranks and sums; float64."""
+
+    log_mass: Tensor  # [B, Hkv, G, C]; -inf: no tokens, or not live
+    score: Tensor  # [B, Hkv, C]; -1: no tokens, or not live
+
+
+def reference_scores(
+    query: Tensor,
+    centroids: Tensor,
+    offsets: Tensor,
+    variances: Tensor,
+    residuals: Tensor,
+    counters: Tensor,
+    estimator: str,
+    scale: float,
+) -> Scores:
+    """Scores of all clusters in plain torch, float64."""
+    rows, query_heads, head_dim = query.shape
+    heads, clusters = centroids.shape[2:4]
+    grouped = query.double().view(rows, heads, query_heads // heads, head_dim)
+    logit = scale * grouped @ centroids[0].double().transpose(-1, -2)
+    size = offsets.diff(dim=-1).double()[:, :, None]
+    live = torch.arange(clusters, device=query.device) < counters[:, Counter.CLUSTERS, None]
+    live = live[:, None, None] & (size > 0)
+    spread = torch.zeros_like(logit)
+    if estimator == "variance":
+        total = residuals.double().sum(dim=-1)[:, :, None, None]
+        weighted = (grouped.square() * residuals.double()[:, :, None]).sum(dim=-1, keepdim=True)
+        per_variance = torch.where(total > 0, scale**2 / 2 * weighted / total, 0.0)
+        spread = per_variance * variances.double()[:, :, None]
+    log_mass = (logit + size.log() + spread.log1p()).masked_fill(~live, -torch.inf)
+    ranked = log_mass if estimator == "variance" else logit.masked_fill(~live, -torch.inf)
+    score = ranked.softmax(dim=-1).sum(dim=2).masked_fill(~live[:, :, 0], -1.0)
+    return Scores(log_mass, score)
+
+
+def reference(
+    query: Tensor,
+    centroids: Tensor,
+    offsets: Tensor,
+    variances: Tensor,
+    residuals: Tensor,
+    counters: Tensor,
+    max_retrieved: int,
+    retrieval_budget: float,
+    min_retrieved_clusters: int,
+    estimation_budget: float,
+    estimator: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`wave_estimate` in plain torch, float64."""
+    scores = reference_scores(
+        query, centroids, offsets, variances, residuals, counters, estimator, scale
+    )
+    rows, heads, clusters = scores.score.shape
+    order = scores.score.sort(dim=-1, descending=True, stable=True).indices
+    retrieved = order.new_full((rows, heads, max_retrieved), -1)
+    estimated = torch.zeros(rows, heads, 1, clusters, dtype=torch.bool, device=query.device)
+    for row in range(rows):
+        live = int(counters[row, Counter.CLUSTERS])
+        count = retrieved_count(retrieval_budget, min_retrieved_clusters, live)
+        retrieved[row, :, :count] = order[row, :, :count]
+        last = min(count + round(estimation_budget * live), live)
+        estimated[row].scatter_(2, order[row, :, None, count:last], True)
+    log_mass = scores.log_mass.masked_fill(~estimated, -torch.inf)
+    lse = log_mass.logsumexp(dim=-1)
+    weights = (log_mass - lse[..., None]).exp().nan_to_num(0.0)
+    estimate = weights @ centroids[1].double()
+    return retrieved.int(), estimate.flatten(1, 2), lse.flatten(1, 2)
+
+
+@torch.library.register_fake(f"retro::{OP}")
+def _(
+    query: Tensor,
+    centroids: Tensor,
+    offsets: Tensor,
+    variances: Tensor,
+    residuals: Tensor,
+    counters: Tensor,
+    max_retrieved: int,
+    retrieval_budget: float,
+    min_retrieved_clusters: int,
+    estimation_budget: float,
+    estimator: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    contract.check_shape(OP, "query", query, "B, Hq, D", (None, None, None))
+    contract.check_element_dtype(OP, "query", query)
+    rows, query_heads, head_dim = query.shape
+    contract.check_head_dim(OP, head_dim)
+    contract.check_shape(
+        OP, "centroids", centroids, "2, B, Hkv, C, D", (2, rows, None, None, head_dim)
+    )
+    contract.check_dtype(OP, "centroids", centroids, query.dtype)
+    heads, clusters = centroids.shape[2:4]
+    contract.check_heads(OP, query_heads, heads)
+    contract.check_shape(OP, "offsets", offsets, "B, Hkv, C + 1", (rows, heads, clusters + 1))
+    contract.check_dtype(OP, "offsets", offsets, torch.int32)
+    contract.check_shape(OP, "variances", variances, "B, Hkv, C", (rows, heads, clusters))
+    contract.check_dtype(OP, "variances", variances, torch.float32)
+    contract.check_shape(OP, "residuals", residuals, "B, Hkv, D", (rows, heads, head_dim))
+    contract.check_dtype(OP, "residuals", residuals, torch.float32)
+    contract.check_counters(OP, counters, rows)
+    for name, tensor in (
+        ("centroids", centroids),
+        ("offsets", offsets),
+        ("variances", variances),
+        ("residuals", residuals),
+        ("counters", counters),
+    ):
+        contract.check_device(OP, name, tensor, query, "query")
+    for name, budget in (
+        ("retrieval_budget", retrieval_budget),
+        ("estimation_budget", estimation_budget),
+    ):
+        torch._check(
+            0.0 <= budget <= 1.0, lambda: f"{OP}: {name} must lie in 0..1, got {budget:g}"
+        )
+    torch._check(
+        estimator in ESTIMATORS,
+        lambda: f"{OP}: estimator must be 'variance' or 'mean', got '{estimator}'",
+    )
+    return (
+        query.new_empty((rows, heads, max_retrieved), dtype=torch.int32),
+        query.new_empty((rows, query_heads, head_dim), dtype=torch.float32),
+        query.new_empty((rows, query_heads), dtype=torch.float32),
+    )
+
+
+contract.refuse_backward(OP, differentiable=(0, 1, 3, 4), arguments=12)

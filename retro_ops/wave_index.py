@@ -1,0 +1,65 @@
+"""The wave index of a layer: which tokens of a prompt it holds, and how it is built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from retro_ops.config import RetroConfig
+from retro_ops.ops import append_tokens, cluster_keys, pack_clusters
+from retro_ops.ops._contract import cluster_count
+
+if TYPE_CHECKING:
+    from retro_ops.layer import RetroLayer
+
+
+def indexed_capacity(config: RetroConfig, max_length: int) -> tuple[int, int]:
+    """Tokens and clusters that the index of a row of `max_length` tokens can come to hold."""
+    if max_length < config.steady_capacity:
+        return 0, 0
+    tokens = max_length - config.sink_tokens - config.local_tokens
+    return tokens, cluster_count(tokens, config.cluster_size)
+
+
+def indexed_spans(config: RetroConfig, starts: Tensor, tokens: int) -> Tensor:
+    """The span of each row's tokens that a prompt of `tokens` tokens puts into the index.
+
+    All but the sinks and the local tokens are indexed, if that is `update_segment` tokens or more;
+    otherwise none.
+
+    Args:
+        starts: `[B]` int64, first token of each row.
+        tokens: length of the padded prompt.
+
+    Returns:
+        `[B, 2]` int64: first token and the one after the last; an empty span is (0, 0).
+    """
+    first = starts + config.sink_tokens
+    last = tokens - config.local_tokens
+    span = torch.stack((first, torch.full_like(first, last)), dim=1)
+    return span * (last - first >= config.update_segment)[:, None]
+
+
+def build(layer: RetroLayer, keys: Tensor, values: Tensor, starts: Tensor) -> None:
+    """Fills an empty layer with a prompt: clusters into the index, the rest into the steady zone."""
+    config, tokens = layer.config, keys.shape[2]
+    spans = indexed_spans(config, starts, tokens)
+    position = torch.arange(tokens, device=keys.device)
+    indexed = (position >= spans[:, :1]) & (position < spans[:, 1:])
+    if tokens >= config.steady_capacity:  # a shorter prompt has nothing to index in any row
+        assignment = cluster_keys(
+            keys, spans, config.cluster_size, config.segment_size, config.kmeans_iterations
+        )
+        pack_clusters(
+            keys,
+            values,
+            assignment,
+            layer.store,
+            *layer.index,
+            layer.counters,
+            config.cluster_size,
+        )
+    steady = ~indexed & (position >= starts[:, None])
+    append_tokens(keys, values, steady, layer.steady, layer.counters, layer.max_length)

@@ -1,0 +1,103 @@
+"""Builds the op libraries: CPU kernels always, CUDA kernels where there are CUDA and a .cu source.
+
+Everything else about the package is in pyproject.toml.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+from setuptools import Extension, find_packages, setup
+from torch.utils.cpp_extension import (
+    CUDA_HOME,
+    BuildExtension,
+    CppExtension,
+    CUDAExtension,
+    include_paths,
+)
+
+ROOT = Path(__file__).parent
+# One binary for torch 2.11 and later: only the stable ABI of that version is used.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+STANDARD = "-std=c++20"
+# No -march: the sources choose instruction sets at run time. -g0: Python's own flags may ask for
+# debug information, which makes the library ten times larger.
+CXX_FLAGS = ["-O3", "-g0", STANDARD, "-fvisibility=hidden"]
+CXX_FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+# The stable ABI gives out streams only where USE_CUDA is defined. -lineinfo costs nothing at run
+# time and lets a profiler point at lines.
+NVCC_FLAGS = ["-O3", STANDARD, "-lineinfo", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden"]
+
+
+def csrc(pattern: str) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(f"csrc/{pattern}"))
+
+
+def system_headers(device: str) -> list[str]:
+    """Flags that keep warnings to our own sources: torch's headers count as system headers."""
+    return [flag for path in include_paths(device) for flag in ("-isystem", path)]
+
+
+# With ninja every build looks at every header by itself; this serves builds without it.
+DEPENDS = [*csrc("*.h"), "setup.py"]
+
+# Neither library is a Python module: both are loaded with torch.ops.load_library, so that they
+# also load in a process without Python.
+extensions = [
+    CppExtension(
+        "retro_ops._C",
+        csrc("*.cpp"),
+        depends=DEPENDS,
+        extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI, *system_headers("cpu")]},
+        py_limited_api=True,
+    )
+]
+cuda_sources = csrc("*.cu") if torch.version.cuda else []
+if cuda_sources and not CUDA_HOME:
+    warnings.warn("retro_ops: no nvcc, set CUDA_HOME; building without CUDA kernels", stacklevel=1)
+elif cuda_sources:
+    extensions.append(
+        CUDAExtension(
+            "retro_ops._C_cuda",
+            cuda_sources,
+            depends=DEPENDS,
+            extra_compile_args={"cxx": [], "nvcc": [*NVCC_FLAGS, STABLE_ABI]},
+            py_limited_api=True,
+        )
+    )
+
+
+class BuildLibraries(BuildExtension):
+    """Keeps objects in `build/`, so that in-place, editable and wheel builds compile what changed.
+
+    pip would have setuptools build in a new temporary folder each time. Objects of different torch
+    versions are kept apart, since a compiler's dependency list leaves system headers out; objects
+    of the two libraries too, since an op's .cpp and .cu share their stem.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        self.build_temp = str(ROOT / "build" / f"torch-{torch.__version__}" / ext.name)
+        super().build_extension(ext)
+
+
+packages = find_packages(include=["retro_ops", "retro_ops.*"])
+package_dir = {}
+# Rooms at the top of the checkout that are installed inside the package.
+for room in ("models", "benchmarks"):
+    if (ROOT / room).is_dir():
+        package_dir[f"retro_ops.{room}"] = room
+        packages += [f"retro_ops.{room}"]
+        packages += [f"retro_ops.{room}.{name}" for name in find_packages(str(ROOT / room))]
+
+setup(
+    packages=packages,
+    package_dir=package_dir,
+    include_package_data=False,
+    package_data={
+        "retro_ops": ["py.typed"],
+        "retro_ops.models": [f"recall/**/*.{kind}" for kind in ("json", "md", "safetensors")],
+    },
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildLibraries},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
