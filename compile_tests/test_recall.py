@@ -90,7 +90,7 @@ def test_recalls_wherever_dense_attention_does() -> None:
     max_length = context + 5 * questions
     retro = RetroCache(model.config, max_cache_len=max_length)
     model(task.body, past_key_values=retro, logits_to_keep=1)
-    assert retro.stats()["clusters"] == 4 * 2 * 2044  # layers, KV heads, round(32700 / 16)
+    assert retro.stats()["clusters"] == 4 * 2044  # layers, round(32700 / 16)
     compiled = copy.deepcopy(retro)
 
     answers = {"eager": ask(model, retro, task.body, task.questions[0])}

@@ -153,7 +153,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def hidden_facts(
-    tokenizer: Any, tokens: int, depths: Sequence[float] = (0.5,), *, seed: int = 0
+    tokenizer: Any, tokens: int, depths: Sequence[float], *, seed: int = 0
 ) -> list[Prompt]:
     """Prompts of about `tokens` tokens of prose, each with a fact hidden at one of the depths."""
 

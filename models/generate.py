@@ -92,6 +92,8 @@ class Decoder:
         self.prefill_seconds = 0.0
         self.step_seconds: list[float] = []
         """Of each step so far; the first one compiles, if anything does."""
+        # Steps read the same memory: strides that differ from call to call would compile anew.
+        self._ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
         self._forward: Callable[..., Any] = model.forward
         if compile_step and attention == "retro":
             self._forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
@@ -106,7 +108,8 @@ class Decoder:
     def step(self, ids: Tensor) -> Tensor:
         """Logits `[B, V]` of the token that follows `ids` `[B, 1]`."""
         begin = self._now()
-        logits = self._run(self._forward, ids)
+        self._ids.copy_(ids)
+        logits = self._run(self._forward, self._ids)
         self.step_seconds.append(self._now() - begin)
         return logits
 

@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="retro_ops", description="Long-context decoding with RetroInfer.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_bench(commands)
     _add_info(commands)
     options = parser.parse_args(arguments)
     try:
@@ -76,6 +77,11 @@ def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
         return list(dict.fromkeys(chosen))
 
     return parse
+
+
+def numbers(text: str) -> list[int]:
+    """A parser of a list of whole numbers from 1 on, with commas."""
+    return [number(1)(part) for part in text.split(",")]
 
 
 def device(text: str) -> str:
@@ -138,7 +144,12 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--batch-size", type=number(1), default=1, help="rows at once")
     parser.add_argument("--attention", type=names(ATTENTIONS), default="dense,retro")
     parser.add_argument("--records", type=number(1), help="recall: planted (context / 16)")
-    parser.add_argument("--questions", type=number(1), default=64, help="recall: asked")
+    parser.add_argument(
+        "--questions",
+        type=number(1),
+        help="recall: asked in one context (64); text: contexts with a fact each, at depths from "
+        "the beginning to the end (one for each row of a batch)",
+    )
     parser.add_argument(
         "--data-path",
         type=Path,
@@ -185,7 +196,7 @@ def _demo(options: argparse.Namespace) -> None:
                 model,
                 context=context,
                 records=records,
-                questions=options.questions,
+                questions=options.questions or 64,
                 seed=options.seed,
                 **shared,
             )
@@ -194,10 +205,10 @@ def _demo(options: argparse.Namespace) -> None:
             tokenizer = load_tokenizer(options.model)
             if prompts is None:
                 context = options.context or 16384
-                prompts = demo.hidden_facts(
-                    tokenizer, context, [0.5] * options.batch_size, seed=options.seed
-                )
-                title = f"a fact hidden in {context:,} tokens of prose"
+                count = options.questions or options.batch_size
+                depths = [(i + 0.5) / count for i in range(count)]
+                prompts = demo.hidden_facts(tokenizer, context, depths, seed=options.seed)
+                title = f"facts hidden in {context:,} tokens of prose"
             else:
                 title = f"{len(prompts)} prompts of {options.data_path.name}"
             results = demo.text_demo(
@@ -222,6 +233,66 @@ def _demo(options: argparse.Namespace) -> None:
         for answer in result.answers[:4]:
             print(f"{result.attention} wrote: {' '.join(answer.split())}")
     _write_json(options.json, [dataclasses.asdict(result) for result in results])
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _command(commands, "bench", None, "Measure; every row says on which machine.")
+    kinds = parser.add_subparsers(metavar="WHAT", required=True)
+    for name, help_ in (
+        ("decode", "One decode step of one layer, dense attention against retro."),
+        ("build", "Indexing a prompt of one layer, and which op takes the time."),
+    ):
+        kind = _command(kinds, name, _bench, help_)
+        kind.set_defaults(what=name)
+        kind.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
+        kind.add_argument("--context", type=numbers, default="32768,131072", help="tokens")
+        kind.add_argument("--batch", type=numbers, default="1", help="rows")
+        kind.add_argument("--dtype", type=names(tuple(DTYPES)), default="bfloat16,float32")
+        kind.add_argument("--keys", type=names(("clustered", "random")), default="clustered,random")
+        kind.add_argument("--rounds", type=number(1), default=30 if name == "decode" else 3)
+        kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
+        kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
+        _add_budgets(kind)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    import csv
+    import importlib
+
+    config = _budgets(options)
+    place = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    benchmark = importlib.import_module(f"retro_ops.benchmarks.{options.what}")
+    rows: list[dict[str, Any]] = []
+    with _progress() as progress:
+        total = len(options.dtype) * len(options.keys) * len(options.context) * len(options.batch)
+        progress("checking", 0, total)
+        for case in benchmark.run(
+            device=place,
+            contexts=options.context,
+            batch_sizes=options.batch,
+            dtypes=[DTYPES[name] for name in options.dtype],
+            kinds=options.keys,
+            config=config,
+            rounds=options.rounds,
+        ):
+            rows += case
+            progress(f"{case[0]['dtype']}, {case[0]['keys']}", len(rows) // len(case), total)
+    title = ", ".join(f"{rows[0][key]}" for key in ("machine", "threads", "kernels", "torch"))
+    shown = [key for key in benchmark.COLUMNS if any(key in row for row in rows)]
+    _print_table(title, {key: [_shown(row.get(key, "")) for row in rows] for key in shown})
+    _write_json(options.json, rows)
+    if options.csv is not None:
+        with options.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _shown(value: Any) -> str:
+    """A figure with three or more digits."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _add_info(commands: Any) -> None:
@@ -273,7 +344,9 @@ def _print_table(title: str, columns: dict[str, list[str]]) -> None:
         title=title, title_justify="left", box=box.SIMPLE if console.is_terminal else None
     )
     for heading in columns:
-        table.add_column(heading, justify="left" if heading == "attention" else "right")
+        table.add_column(
+            heading, justify="left" if heading in ("attention", "dtype", "keys") else "right"
+        )
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
     console.print(table)
