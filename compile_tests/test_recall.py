@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel
 
 from retro_ops.models import RetroCache, load_model
-from retro_ops.models.recall import make_task
+from retro_ops.models.recall import make_task, train
 from retro_ops.models.recall.task import FILLER, KEYS, QUESTION, VALUES
 
 
@@ -59,6 +59,39 @@ def test_task_rejects(arguments: tuple[int, int, int], message: str) -> None:
         make_task(*arguments)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         make_task(80, 5, 5, batch_size=0)
+
+
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_training_learns_answers_only(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "TOKENS_PER_STEP", 8192)
+    ids, answers = train.make_batch(tokens, torch.Generator().manual_seed(0))
+    assert ids.shape == (8192 // tokens, tokens)
+    for row, places in zip(ids.tolist(), answers.tolist(), strict=True):
+        body = row[: tokens // 4 * 3]
+        records = {
+            tuple(body[t : t + 2]): body[t + 2 : t + 4]
+            for t in range(len(body) - 3)
+            if body[t] in KEYS and body[t + 1] in KEYS
+        }
+        for before_first, before_second in places:
+            assert row[before_first - 2] == QUESTION
+            asked = tuple(row[before_first - 1 : before_first + 1])
+            assert [row[before_first + 1], row[before_second + 1]] == records[asked]
+
+
+def test_training_keys_are_distinct() -> None:
+    pairs = train.distinct_pairs(2, 65536, torch.Generator().manual_seed(0))
+    for row in pairs.tolist():
+        assert len({tuple(pair) for pair in row}) == 65536
+    assert not torch.equal(pairs[0], pairs[1])
+
+
+def test_training_makes_the_model_of_the_package() -> None:
+    ours, packaged = train.make_model(), load_model("recall", device="cpu")
+    shapes = {name: parameter.shape for name, parameter in packaged.named_parameters()}
+    assert {name: parameter.shape for name, parameter in ours.named_parameters()} == shapes
+    assert ours.config.rope_parameters == packaged.config.rope_parameters
+    assert train.accuracy(packaged, 2048, 100) == 1.0
 
 
 def ask(
