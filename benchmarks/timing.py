@@ -53,6 +53,27 @@ def time_in_turn(
     return {name: Timing.of(times) for name, times in microseconds.items()}
 
 
+def time_steps(device: torch.device, step: Callable[[], object], *, rounds: int) -> Timing:
+    """Times steps that follow one another, as decoding does; compilation and warm-up come before.
+
+    Args:
+        device: where the step runs.
+        step: one step; graphs that it needs are its own affair.
+        rounds: timed steps.
+    """
+    microseconds = []
+    for round_ in range(rounds + 5):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if round_ >= 5:
+            microseconds.append(1e6 * (time.perf_counter() - begin))
+    return Timing.of(microseconds)
+
+
 def _time_graphs(
     device: torch.device, calls: Mapping[str, Callable[[], object]], rounds: int
 ) -> dict[str, Timing]:

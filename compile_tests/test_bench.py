@@ -51,6 +51,17 @@ def test_bench_build(tmp_path: Path) -> None:
     assert sum(shares) <= 100
 
 
+def test_bench_model(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    small = ["--device", "cpu", "--rounds", "2", "--dtype", "float32", "--shape", "tiny"]
+    assert main(["bench", "model", "--context", "2048", *small, "--json", str(file)]) == 0
+    dense, retro = json.loads(file.read_text())
+    assert (dense["attention"], retro["attention"]) == ("dense", "retro")
+    for row in (dense, retro):
+        assert row["tokens_per_s"] == pytest.approx(1e3 / row["ms"])
+        assert row["ratio"] == pytest.approx(dense["ms"] / row["ms"])
+
+
 def test_bench_measures_nothing_when_retro_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

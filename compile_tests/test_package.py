@@ -333,7 +333,9 @@ def test_document_names_files_that_exist(document: str) -> None:
 
 
 def test_snippets_of_the_readme_run() -> None:
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    snippets = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
+    )
     assert len(snippets) >= 2
     for snippet in snippets:
         run_python(snippet, cwd=ROOT)

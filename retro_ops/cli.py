@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -241,6 +242,7 @@ def _add_bench(commands: Any) -> None:
     for name, help_ in (
         ("decode", "One decode step of one layer, dense attention against retro."),
         ("build", "Indexing a prompt of one layer, and which op takes the time."),
+        ("model", "Decoding with a whole model of random weights, dense compiled against retro."),
     ):
         kind = _command(kinds, name, _bench, help_)
         kind.set_defaults(what=name)
@@ -248,8 +250,13 @@ def _add_bench(commands: Any) -> None:
         kind.add_argument("--context", type=numbers, default="32768,131072", help="tokens")
         kind.add_argument("--batch", type=numbers, default="1", help="rows")
         kind.add_argument("--dtype", type=names(tuple(DTYPES)), default="bfloat16,float32")
-        kind.add_argument("--keys", type=names(("clustered", "random")), default="clustered,random")
-        kind.add_argument("--rounds", type=number(1), default=30 if name == "decode" else 3)
+        if name == "model":
+            kind.add_argument("--shape", type=names(("llama-8b", "tiny")), default="llama-8b")
+        else:
+            kind.add_argument(
+                "--keys", type=names(("clustered", "random")), default="clustered,random"
+            )
+        kind.add_argument("--rounds", type=number(1), default=3 if name == "build" else 30)
         kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
         kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
         _add_budgets(kind)
@@ -264,19 +271,22 @@ def _bench(options: argparse.Namespace) -> None:
     benchmark = importlib.import_module(f"retro_ops.benchmarks.{options.what}")
     rows: list[dict[str, Any]] = []
     with _progress() as progress:
-        total = len(options.dtype) * len(options.keys) * len(options.context) * len(options.batch)
+        axis = {"shapes": options.shape} if options.what == "model" else {"kinds": options.keys}
+        lists = (options.dtype, options.context, options.batch, *axis.values())
+        total = math.prod(len(values) for values in lists)
         progress("checking", 0, total)
-        for case in benchmark.run(
+        cases = benchmark.run(
             device=place,
             contexts=options.context,
             batch_sizes=options.batch,
             dtypes=[DTYPES[name] for name in options.dtype],
-            kinds=options.keys,
             config=config,
             rounds=options.rounds,
-        ):
+            **axis,
+        )
+        for done, case in enumerate(cases, 1):
             rows += case
-            progress(f"{case[0]['dtype']}, {case[0]['keys']}", len(rows) // len(case), total)
+            progress(f"{case[0]['dtype']}, {case[0]['context']:,} tokens", done, total)
     title = ", ".join(f"{rows[0][key]}" for key in ("machine", "threads", "kernels", "torch"))
     shown = [key for key in benchmark.COLUMNS if any(key in row for row in rows)]
     _print_table(title, {key: [_shown(row.get(key, "")) for row in rows] for key in shown})
@@ -345,7 +355,8 @@ def _print_table(title: str, columns: dict[str, list[str]]) -> None:
     )
     for heading in columns:
         table.add_column(
-            heading, justify="left" if heading in ("attention", "dtype", "keys") else "right"
+            heading,
+            justify="left" if heading in ("attention", "dtype", "keys", "shape") else "right",
         )
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
