@@ -188,8 +188,10 @@ inline void accumulate_tile(
     const T* const* rows, int64_t count, int64_t d, const float* weights, int64_t stride,
     int64_t head_dim, float* sums) {
   floats sum[GT][DT];
+  // From zero, not from the sum so far: the rounding error grows with the rows of a block, not with
+  // those of the context.
   for (int g = 0; g < GT; ++g) {
-    for (int i = 0; i < DT; ++i) sum[g][i] = load(sums + g * head_dim + d + i * kLanes);
+    for (int i = 0; i < DT; ++i) sum[g][i] = floats{};
   }
   for (int64_t r = 0; r < count; ++r) {
     floats value[DT];
@@ -199,7 +201,10 @@ inline void accumulate_tile(
     }
   }
   for (int g = 0; g < GT; ++g) {
-    for (int i = 0; i < DT; ++i) store(sums + g * head_dim + d + i * kLanes, sum[g][i]);
+    for (int i = 0; i < DT; ++i) {
+      float* to = sums + g * head_dim + d + i * kLanes;
+      store(to, load(to) + sum[g][i]);
+    }
   }
 }
 
