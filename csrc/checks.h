@@ -40,7 +40,12 @@ inline const char* dtype_name(ScalarType type) {
     case ScalarType::Double: return "torch.float64";
     case ScalarType::Long: return "torch.int64";
     case ScalarType::Int: return "torch.int32";
+    case ScalarType::Short: return "torch.int16";
+    case ScalarType::Char: return "torch.int8";
+    case ScalarType::Byte: return "torch.uint8";
     case ScalarType::Bool: return "torch.bool";
+    case ScalarType::ComplexFloat: return "torch.complex64";
+    case ScalarType::ComplexDouble: return "torch.complex128";
     default: return "another dtype";
   }
 }
@@ -72,7 +77,8 @@ inline void check_shape(
   fail(op, name, " must be [", letters, "] = [", want.str(), "], got [", got.str(), "]");
 }
 
-inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType expected) {
+inline void check_dtype(
+    const char* op, const char* name, const Tensor& tensor, ScalarType expected) {
   check(
       tensor.scalar_type() == expected, op, name, " must be ", dtype_name(expected), ", got ",
       dtype_name(tensor.scalar_type()));
@@ -82,8 +88,8 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor, 
 inline void check_element_dtype(const char* op, const char* name, const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   check(
-      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, name,
-      " must be torch.float32, torch.bfloat16 or torch.float16, got ", dtype_name(type));
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
+      name, " must be torch.float32, torch.bfloat16 or torch.float16, got ", dtype_name(type));
 }
 
 inline constexpr int64_t kMaxHeadDim = 256;
@@ -110,6 +116,19 @@ inline void check_counters(const char* op, const Tensor& counters, int64_t rows)
   check_shape(op, "counters", counters, "B, columns", {rows, kCounters});
   check_dtype(op, "counters", counters, ScalarType::Long);
   check_contiguous(op, "counters", counters);
+}
+
+// Kernels trust the counters: they read and write as far as these say.
+inline void check_count(
+    const char* op,
+    int64_t row,
+    int64_t count,
+    const char* things,
+    const char* holder,
+    int64_t capacity) {
+  check(
+      count >= 0 && count <= capacity, op, "counters say that row ", row, " has ", count, " ",
+      things, ", ", holder, " holds ", capacity);
 }
 
 // An input whose rows can be read in place, or a copy of it.

@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor> merged_attention(
   check_dtype(kOp, "steady", steady, query.scalar_type());
   const int64_t heads = steady.size(2);
   check(
-      heads > 0 && query_heads % heads == 0, kOp, "query heads must be a multiple of KV heads, got ",
-      query_heads, " and ", heads);
+      heads > 0 && query_heads % heads == 0, kOp,
+      "query heads must be a multiple of KV heads, got ", query_heads, " and ", heads);
   check_shape(kOp, "store", store, "2, B, Hkv, N, D", {2, batch, heads, kAny, head_dim});
   check_dtype(kOp, "store", store, query.scalar_type());
   check_shape(kOp, "addresses", addresses, "B, Hkv, R, 2", {batch, heads, kAny, 2});
@@ -70,15 +70,14 @@ std::tuple<Tensor, Tensor> merged_attention(
 
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t tokens = params.counters[b * kCounters + kSteadyTokens];
-    check(
-        tokens >= 0 && tokens <= params.steady_capacity, kOp, "counters say that row ", b, " has ",
-        tokens, " steady tokens, the steady zone holds ", params.steady_capacity);
+    check_count(kOp, b, tokens, "steady tokens", "the steady zone", params.steady_capacity);
   }
   for (int64_t i = 0; i < batch * heads * params.retrieved_clusters; ++i) {
     const int64_t first = params.addresses[2 * i], tokens = params.addresses[2 * i + 1];
     check(
-        first >= 0 && tokens >= 0 && first + tokens <= params.store_capacity, kOp,
-        "addresses must lie in a store of ", params.store_capacity, " tokens, got ", tokens,
+        first >= 0 && tokens >= 0 && first <= params.store_capacity &&
+            tokens <= params.store_capacity - first,  // their sum could overflow
+        kOp, "addresses must lie in a store of ", params.store_capacity, " tokens, got ", tokens,
         " tokens from slot ", first);
   }
   cpu_kernels().merged_attention(params);

@@ -37,6 +37,12 @@ void check_index(
   check_counters(op, counters, batch);
 }
 
+void check_index_counts(
+    const char* op, int64_t row, const int64_t* counters, int64_t tokens, int64_t clusters) {
+  check_count(op, row, counters[kIndexedTokens], "indexed tokens", "the store", tokens);
+  check_count(op, row, counters[kClusters], "clusters", "the index", clusters);
+}
+
 IndexView index_view(
     const Tensor& store,
     const Tensor& centroids,
@@ -105,6 +111,7 @@ void pack_clusters(
   std::vector<int64_t> packed(static_cast<size_t>(batch), 0);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t* row = params.index.counters + b * kCounters;
+    check_index_counts(kOp, b, row, store.size(3), centroids.size(3));
     for (int64_t h = 0; h < heads; ++h) {
       const int32_t* assigned = params.assignment + (b * heads + h) * tokens;
       int64_t count = 0;
@@ -120,8 +127,9 @@ void pack_clusters(
           " in head 0 and ", count, " in head ", h);
       const int64_t clusters = cluster_count(count, cluster_size);
       check(
-          largest < clusters, kOp, "assignment of row ", b, ", head ", h, " must lie below ", clusters,
-          " clusters (", count, " tokens of cluster_size ", cluster_size, "), got ", largest);
+          largest < clusters, kOp, "assignment of row ", b, ", head ", h, " must lie below ",
+          clusters, " clusters (", count, " tokens of cluster_size ", cluster_size, "), got ",
+          largest);
     }
     const int64_t count = packed[static_cast<size_t>(b)];
     const int64_t clusters = cluster_count(count, cluster_size);

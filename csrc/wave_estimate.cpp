@@ -31,8 +31,8 @@ std::tuple<Tensor, Tensor, Tensor> wave_estimate(
   check_dtype(kOp, "centroids", centroids, query.scalar_type());
   const int64_t heads = centroids.size(2), clusters = centroids.size(3);
   check(
-      heads > 0 && query_heads % heads == 0, kOp, "query heads must be a multiple of KV heads, got ",
-      query_heads, " and ", heads);
+      heads > 0 && query_heads % heads == 0, kOp,
+      "query heads must be a multiple of KV heads, got ", query_heads, " and ", heads);
   check_shape(kOp, "offsets", offsets, "B, Hkv, C + 1", {batch, heads, clusters + 1});
   check_dtype(kOp, "offsets", offsets, ScalarType::Int);
   check_shape(kOp, "variances", variances, "B, Hkv, C", {batch, heads, clusters});
@@ -92,9 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> wave_estimate(
   params.estimate_lse = static_cast<float*>(lse.data_ptr());
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t live = params.counters[b * kCounters + kClusters];
-    check(
-        live >= 0 && live <= clusters, kOp, "counters say that row ", b, " has ", live,
-        " clusters, the index holds ", clusters);
+    check_count(kOp, b, live, "clusters", "the index", clusters);
   }
   cpu_kernels().wave_estimate(params);
   return {retrieved, estimate, lse};

@@ -5,21 +5,22 @@
 // residual normalised to sum to 1 (v = 0 for the paper's estimator). Clusters rank by the mass relative
 // to the row's total, summed over the G queries of a KV head; the paper ranks by exp(logit) alone.
 
-constexpr int64_t kScoreChunk = 256;     // clusters scored by one task
-constexpr int64_t kEstimateChunk = 512;  // clusters estimated by one task; fixed, so that sums are too
+constexpr int64_t kScoreChunk = 256;  // clusters scored by one task
+constexpr int64_t kEstimateChunk =
+    512;  // clusters estimated by one task; fixed, so that sums are too
 
 struct WaveMemory {
-  int64_t padded;   // C rounded up to whole vectors
+  int64_t padded;    // C rounded up to whole vectors
   int64_t partials;  // estimation tasks of one (row, head)
-  float* query;     // [B * Hkv, G, D], times scale
-  float* spread;    // [B * Hkv, G]: v_gi / variance_i
-  float* mass;      // [B * Hkv, G, padded]: logits, then masses
-  float* rank;      // [B * Hkv, padded]: one query's ranking terms
-  float* score;     // [B * Hkv, padded]
-  uint64_t* order;  // [B * Hkv, padded]: sort keys; then the ids of the estimated clusters
-  float* largest;   // [B * Hkv, G]: largest logit
-  float* sums;      // [B * Hkv, partials, G, D]
-  int64_t* chosen;  // [B * Hkv, 2]: retrieved, estimated clusters
+  float* query;      // [B * Hkv, G, D], times scale
+  float* spread;     // [B * Hkv, G]: v_gi / variance_i
+  float* mass;       // [B * Hkv, G, padded]: logits, then masses
+  float* rank;       // [B * Hkv, padded]: one query's ranking terms
+  float* score;      // [B * Hkv, padded]
+  uint64_t* order;   // [B * Hkv, padded]: sort keys; then the ids of the estimated clusters
+  float* largest;    // [B * Hkv, G]: largest logit
+  float* sums;       // [B * Hkv, partials, G, D]
+  int64_t* chosen;   // [B * Hkv, 2]: retrieved, estimated clusters
 };
 
 inline WaveMemory wave_memory(const WaveEstimateParams& params) {
@@ -34,8 +35,8 @@ inline WaveMemory wave_memory(const WaveEstimateParams& params) {
       2 * Scratch::bytes<float>(tasks * groups) +
       Scratch::bytes<float>(tasks * groups * memory.padded) +
       2 * Scratch::bytes<float>(tasks * memory.padded) +
-      Scratch::bytes<uint64_t>(tasks * memory.padded) +
-      Scratch::bytes<float>(sums) + Scratch::bytes<int64_t>(2 * tasks));
+      Scratch::bytes<uint64_t>(tasks * memory.padded) + Scratch::bytes<float>(sums) +
+      Scratch::bytes<int64_t>(2 * tasks));
   memory.query = scratch.take<float>(tasks * groups * params.head_dim);
   memory.spread = scratch.take<float>(tasks * groups);
   memory.largest = scratch.take<float>(tasks * groups);
@@ -49,7 +50,8 @@ inline WaveMemory wave_memory(const WaveEstimateParams& params) {
 }
 
 template <typename T>
-inline void prepare_query(const WaveEstimateParams& params, const WaveMemory& memory, int64_t task) {
+inline void prepare_query(
+    const WaveEstimateParams& params, const WaveMemory& memory, int64_t task) {
   const int64_t b = task / params.heads, h = task % params.heads, head_dim = params.head_dim;
   const float* residuals = params.residuals + task * head_dim;
   floats total{};
@@ -72,7 +74,10 @@ inline void prepare_query(const WaveEstimateParams& params, const WaveMemory& me
 
 template <typename T>
 inline void score_chunk(
-    const WaveEstimateParams& params, const WaveMemory& memory, int64_t task, int64_t first,
+    const WaveEstimateParams& params,
+    const WaveMemory& memory,
+    int64_t task,
+    int64_t first,
     int64_t last) {
   const int64_t b = task / params.heads, h = task % params.heads;
   const float* query = memory.query + task * params.groups * params.head_dim;
@@ -118,9 +123,14 @@ inline void rank_clusters(
   for (int64_t c = 0; c < padded; c += kLanes) store(score + c, splat(0.0f));
   for (int64_t g = 0; g < params.groups; ++g) {
     float* mass = memory.mass + (task * params.groups + g) * memory.padded;
-    for (int64_t c = live; c < padded; ++c) mass[c] = -std::numeric_limits<float>::infinity();
-    floats largest = splat(-std::numeric_limits<float>::infinity());
-    for (int64_t c = 0; c < padded; c += kLanes) largest = max_each(largest, load(mass + c));
+    // An empty cluster has no logit: its centroid, 0, could outdo all others and drown them.
+    const floats none = splat(-std::numeric_limits<float>::infinity());
+    floats largest = none;
+    for (int64_t c = 0; c < padded; c += kLanes) {
+      const floats logit = sizes_at(offsets, c, live) > 0.0f ? load(mass + c) : none;
+      store(mass + c, logit);
+      largest = max_each(largest, logit);
+    }
     const float top = reduce_max(largest);
     memory.largest[task * params.groups + g] = top;
     const float spread = memory.spread[task * params.groups + g];
@@ -201,7 +211,8 @@ inline void estimate_chunk(
       const int64_t queries = std::min<int64_t>(4, groups - g);
       for (int64_t q = 0; q < queries; ++q) {
         for (int64_t i = 0; i < count; ++i) {
-          weights[q * kBlock + i] = mass[(g + q) * memory.padded + static_cast<int64_t>(ids[e + i])];
+          weights[q * kBlock + i] =
+              mass[(g + q) * memory.padded + static_cast<int64_t>(ids[e + i])];
         }
       }
       accumulate_rows(rows, count, weights, kBlock, queries, head_dim, sums + g * head_dim);
@@ -209,7 +220,8 @@ inline void estimate_chunk(
   }
 }
 
-inline void finish_estimate(const WaveEstimateParams& params, const WaveMemory& memory, int64_t task) {
+inline void finish_estimate(
+    const WaveEstimateParams& params, const WaveMemory& memory, int64_t task) {
   const int64_t groups = params.groups, head_dim = params.head_dim;
   const int64_t estimated = memory.chosen[2 * task + 1];
   const int64_t partials = (estimated + kEstimateChunk - 1) / kEstimateChunk;
