@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -142,7 +143,7 @@ def _measure(
         return layer.decode(queries[turn["step"] % QUERIES], *last)
 
     calls: dict[str, Callable[[], object]] = {
-        f"dense {name}": lambda dense=dense: dense(queries[0], keys, values)
+        f"dense {name}": functools.partial(dense, queries[0], keys, values)
         for name, dense in DENSE.items()
     }
     timings = time_in_turn(device, {**calls, "retro": retro}, rounds=rounds)

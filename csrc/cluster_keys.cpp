@@ -21,8 +21,8 @@ Tensor cluster_keys(
   check_dtype(kOp, "spans", spans, ScalarType::Long);
   check(cluster_size >= 1, kOp, "cluster_size must be at least 1 token, got ", cluster_size);
   check(
-      segment_size >= cluster_size, kOp, "segment_size must be at least cluster_size (", cluster_size,
-      " tokens), got ", segment_size);
+      segment_size >= cluster_size, kOp, "segment_size must be at least cluster_size (",
+      cluster_size, " tokens), got ", segment_size);
   check(iterations >= 1, kOp, "iterations must be at least 1, got ", iterations);
 
   const Tensor readable_keys = readable(keys);
@@ -44,8 +44,8 @@ Tensor cluster_keys(
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = params.spans[2 * b], last = params.spans[2 * b + 1];
     check(
-        first >= 0 && last <= tokens, kOp, "spans of row ", b, " must lie in 0 .. ", tokens, ", got ",
-        first, " .. ", last);
+        first >= 0 && last <= tokens, kOp, "spans of row ", b, " must lie in 0 .. ", tokens,
+        ", got ", first, " .. ", last);
   }
   cpu_kernels().cluster_keys(params);
   return assignment;

@@ -59,8 +59,7 @@ void merged_attention_typed(const MergedAttentionParams& params) {
   const int64_t tasks = params.batch * params.heads, groups = params.groups;
   const int64_t head_dim = params.head_dim;
   const int64_t steady_pieces = (params.steady_capacity + kSteadyPiece - 1) / kSteadyPiece;
-  const int64_t pieces =
-      steady_pieces + (params.retrieved_clusters + kRankPiece - 1) / kRankPiece;
+  const int64_t pieces = steady_pieces + (params.retrieved_clusters + kRankPiece - 1) / kRankPiece;
   const int64_t state_floats = SoftmaxState::floats(groups, head_dim);
   const int64_t piece_floats = state_floats + groups * kBlockTokens;
   Scratch& scratch = Scratch::of_this_thread();
@@ -114,14 +113,14 @@ void merged_attention_typed(const MergedAttentionParams& params) {
     for (int64_t task = begin; task < end; ++task) {
       for (int64_t g = 0; g < groups; ++g) {
         // The state of piece 0 becomes that of the whole working set.
-        const SoftmaxState state =
-            SoftmaxState::at(states + task * std::max<int64_t>(pieces, 1) * piece_floats, groups, head_dim);
+        const SoftmaxState state = SoftmaxState::at(
+            states + task * std::max<int64_t>(pieces, 1) * piece_floats, groups, head_dim);
         if (pieces == 0) state.clear(groups, head_dim);
         for (int64_t piece = 1; piece < pieces; ++piece) {
           merge_state(
               state,
-              SoftmaxState::at(states + (task * pieces + piece) * piece_floats, groups, head_dim), g,
-              head_dim);
+              SoftmaxState::at(states + (task * pieces + piece) * piece_floats, groups, head_dim),
+              g, head_dim);
         }
         const int64_t q = task * groups + g;
         const float estimate_lse = params.estimate_lse[q];

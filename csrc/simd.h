@@ -72,8 +72,7 @@ inline void store(bfloat16* p, floats v) {
 
 inline void store(float16* p, floats v) {
 #if RETRO_ISA_LEVEL >= 2
-  _mm256_storeu_si256(
-      reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0));
 #else
   for (int64_t i = 0; i < kLanes; ++i) {
     p[i].bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(v[i]);
@@ -159,7 +158,11 @@ inline void dot_tile(
 
 template <int GT, typename T>
 inline void dot_strip(
-    const T* const* rows, int64_t count, const float* q, int64_t head_dim, float* logits,
+    const T* const* rows,
+    int64_t count,
+    const float* q,
+    int64_t head_dim,
+    float* logits,
     int64_t stride) {
   int64_t r = 0;
   for (; r + 4 <= count; r += 4) dot_tile<4, GT>(rows + r, q, head_dim, logits + r, stride);
@@ -169,8 +172,13 @@ inline void dot_strip(
 // logits[g * stride + r] = q[g] . rows[r]; q is float32 [groups, head_dim]
 template <typename T>
 inline void dot_rows(
-    const T* const* rows, int64_t count, const float* q, int64_t groups, int64_t head_dim,
-    float* logits, int64_t stride) {
+    const T* const* rows,
+    int64_t count,
+    const float* q,
+    int64_t groups,
+    int64_t head_dim,
+    float* logits,
+    int64_t stride) {
   int64_t g = 0;
   for (; g + 4 <= groups; g += 4) {
     dot_strip<4>(rows, count, q + g * head_dim, head_dim, logits + g * stride, stride);
@@ -185,8 +193,13 @@ inline void dot_rows(
 
 template <int DT, int GT, typename T>
 inline void accumulate_tile(
-    const T* const* rows, int64_t count, int64_t d, const float* weights, int64_t stride,
-    int64_t head_dim, float* sums) {
+    const T* const* rows,
+    int64_t count,
+    int64_t d,
+    const float* weights,
+    int64_t stride,
+    int64_t head_dim,
+    float* sums) {
   floats sum[GT][DT];
   // From zero, not from the sum so far: the rounding error grows with the rows of a block, not with
   // those of the context.
@@ -210,7 +223,11 @@ inline void accumulate_tile(
 
 template <int GT, typename T>
 inline void accumulate_strip(
-    const T* const* rows, int64_t count, const float* weights, int64_t stride, int64_t head_dim,
+    const T* const* rows,
+    int64_t count,
+    const float* weights,
+    int64_t stride,
+    int64_t head_dim,
     float* sums) {
   int64_t d = 0;
   for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) {
@@ -224,8 +241,13 @@ inline void accumulate_strip(
 // sums[g] += sum_r weights[g * stride + r] rows[r]; sums is float32 [groups, head_dim]
 template <typename T>
 inline void accumulate_rows(
-    const T* const* rows, int64_t count, const float* weights, int64_t stride, int64_t groups,
-    int64_t head_dim, float* sums) {
+    const T* const* rows,
+    int64_t count,
+    const float* weights,
+    int64_t stride,
+    int64_t groups,
+    int64_t head_dim,
+    float* sums) {
   int64_t g = 0;
   for (; g + 4 <= groups; g += 4) {
     accumulate_strip<4>(rows, count, weights + g * stride, stride, head_dim, sums + g * head_dim);

@@ -9,12 +9,12 @@ namespace retro {
 struct WaveEstimateParams {
   DType dtype;
   int64_t batch, heads, groups, head_dim, clusters;  // B, Hkv, G, D, C
-  Rows query;                           // [B, Hkv, G, D]
-  Rows centroid_keys, centroid_values;  // [B, Hkv, C, D]
-  const int32_t* offsets;               // [B, Hkv, C + 1]
-  const float* variances;               // [B, Hkv, C]
-  const float* residuals;               // [B, Hkv, D]
-  const int64_t* counters;              // [B, kCounters]
+  Rows query;                                        // [B, Hkv, G, D]
+  Rows centroid_keys, centroid_values;               // [B, Hkv, C, D]
+  const int32_t* offsets;                            // [B, Hkv, C + 1]
+  const float* variances;                            // [B, Hkv, C]
+  const float* residuals;                            // [B, Hkv, D]
+  const int64_t* counters;                           // [B, kCounters]
   int64_t max_retrieved, min_retrieved_clusters;
   double retrieval_budget, estimation_budget;
   bool use_variance;
