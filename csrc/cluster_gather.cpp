@@ -1,9 +1,13 @@
 #include "cluster_gather.h"
 
+#include "cpu_ops.h"
+
 namespace retro {
 namespace {
 
 constexpr const char* kOp = "cluster_gather";
+
+}  // namespace
 
 Tensor cluster_gather(const Tensor& retrieved, const Tensor& offsets, const Tensor& counters) {
   Tensor addresses;
@@ -36,7 +40,6 @@ Tensor cluster_gather(const Tensor& retrieved, const Tensor& offsets, const Tens
   return addresses;
 }
 
-}  // namespace
 }  // namespace retro
 
 STABLE_TORCH_LIBRARY_IMPL(retro, CPU, m) {

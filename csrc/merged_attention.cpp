@@ -3,11 +3,14 @@
 #include <tuple>
 
 #include "cpu_kernels.h"
+#include "cpu_ops.h"
 
 namespace retro {
 namespace {
 
 constexpr const char* kOp = "merged_attention";
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> merged_attention(
     const Tensor& query,
@@ -40,7 +43,6 @@ std::tuple<Tensor, Tensor> merged_attention(
   return {results.out, results.lse};
 }
 
-}  // namespace
 }  // namespace retro
 
 STABLE_TORCH_LIBRARY_IMPL(retro, CPU, m) {

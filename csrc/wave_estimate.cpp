@@ -4,11 +4,14 @@
 #include <tuple>
 
 #include "cpu_kernels.h"
+#include "cpu_ops.h"
 
 namespace retro {
 namespace {
 
 constexpr const char* kOp = "wave_estimate";
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> wave_estimate(
     const Tensor& query,
@@ -38,7 +41,6 @@ std::tuple<Tensor, Tensor, Tensor> wave_estimate(
   return {results.retrieved, results.estimate, results.estimate_lse};
 }
 
-}  // namespace
 }  // namespace retro
 
 STABLE_TORCH_LIBRARY_IMPL(retro, CPU, m) {

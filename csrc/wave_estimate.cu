@@ -1,0 +1,822 @@
+#include <cooperative_groups.h>
+
+#include <string>
+#include <tuple>
+
+#include "counters.h"
+#include "wave_estimate_cuda.h"
+
+namespace retro {
+namespace {
+
+namespace groups_of_threads = cooperative_groups;
+
+constexpr int kScoreThreads = 256;
+constexpr int kScoreWarps = kScoreThreads / 32;
+constexpr int kTileClusters = 16;  // rows of a matrix instruction
+constexpr int kWarpTiles = 2;      // all under way at once: 8 KB a warp at head_dim 128
+constexpr int64_t kBlockClusters = kScoreWarps * kWarpTiles * kTileClusters;
+
+struct ScoreParams {
+  int64_t heads, groups, head_dim, clusters;
+  Rows query, centroid_keys;
+  const int32_t* offsets;    // [B, Hkv, C + 1]
+  const float* variances;    // [B, Hkv, C]
+  const float* residuals;    // [B, Hkv, D]
+  const int64_t* counters;   // [B, kCounters]
+  bool use_variance;
+  float scale;
+  float* log2_mass;  // [B * Hkv, C, G]; -inf: no tokens, or not live
+  float* ranked;     // the same without sizes, for the paper's ranking; else nullptr
+  float2* sums;      // [B * Hkv, blocks, G]: largest ranked logit (base 2), sum of the others relative to it
+  int32_t* tickets;
+  int64_t ticket_count;
+};
+
+// Logits, base 2, of the clusters of a block, their masses, and their sum for each query. Rows lie over
+// the lanes as in attention: lane 4 r + j reads every fourth chunk from j of clusters r and r + 8, and
+// gets the products of these with queries 2 j and 2 j + 1.
+template <typename T, int kGroups, int kQueryTiles>
+__global__ void __launch_bounds__(kScoreThreads)
+    score_kernel(const __grid_constant__ ScoreParams params) {
+  constexpr int kElements = kChunk<T>;
+  constexpr int kQueries = 8 * kQueryTiles;
+  __shared__ float2 warp_sums[kScoreWarps][kQueries];
+  __shared__ float rows[kMatrix<T> ? 1 : kQueries * kGroups * 4 * kElements];
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int r = lane / 4, j = lane % 4;
+  release_successor();
+
+  const int64_t query_tiles = ceil_div(params.groups, kQueries);
+  const int64_t task = blockIdx.y / query_tiles, b = task / params.heads, h = task % params.heads;
+  const int64_t first_query = blockIdx.y % query_tiles * kQueries;
+  const int queries = static_cast<int>(
+      params.groups - first_query < kQueries ? params.groups - first_query : kQueries);
+  const int64_t first = blockIdx.x * kBlockClusters;
+  const int row_chunks = static_cast<int>(params.head_dim) / kElements;
+
+  // The index is read from L2, which is coherent: its lines may come before the predecessor has ended.
+  constexpr int64_t kLine = 128;
+  for (int64_t c = thread; c < kBlockClusters; c += kScoreThreads) {
+    if (first + c >= params.clusters) break;
+    const char* row =
+        reinterpret_cast<const char*>(params.centroid_keys.row<const T>(b, h, first + c));
+    for (int64_t at = 0; at < params.head_dim * static_cast<int64_t>(sizeof(T)); at += kLine) {
+      prefetch_line(row + at);
+    }
+  }
+  wait_for_predecessor();
+
+  if (blockIdx.x == 0 && blockIdx.y == 0) {
+    for (int64_t i = thread; i < params.ticket_count; i += kScoreThreads) params.tickets[i] = 0;
+  }
+  int64_t live = params.counters[b * kCounters + kClusters];
+  live = live < params.clusters ? live : params.clusters;
+
+  // Queries, and the spread of each: v_gi / variance_i.
+  const float* residuals = params.residuals + task * params.head_dim;
+  uint4 chunks[kQueryTiles][kMatrix<T> ? kGroups : 1];
+  float spread[kQueryTiles][2];
+#pragma unroll
+  for (int n = 0; n < kQueryTiles; ++n) {
+    const int query = 8 * n + r;
+    const T* row = params.query.row<const T>(b, h, first_query + query);
+    float weighted = 0.0f, total = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kGroups; ++c) {
+      const int chunk = 4 * c + j;
+      const bool inside = chunk < row_chunks;
+      const uint4 own = inside && query < queries ? reinterpret_cast<const uint4*>(row)[chunk]
+                                                  : make_uint4(0, 0, 0, 0);
+      if constexpr (kMatrix<T>) chunks[n][c] = own;
+      float elements[kElements];
+      unpack_chunk<T>(own, elements);
+      if (inside) {
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) {
+          const float residual = residuals[chunk * kElements + e];
+          total += residual;
+          weighted += elements[e] * elements[e] * residual;
+        }
+      }
+      if constexpr (!kMatrix<T>) {
+        if (warp == 0) {
+#pragma unroll
+          for (int e = 0; e < kElements; ++e) {
+            rows[query * kGroups * 4 * kElements + chunk * kElements + e] = elements[e];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      total += __shfl_xor_sync(kAllLanes, total, step);
+      weighted += __shfl_xor_sync(kAllLanes, weighted, step);
+    }
+    const bool spreads = params.use_variance && total > 0.0f;
+    const float own = spreads ? 0.5f * params.scale * params.scale * weighted / total : 0.0f;
+#pragma unroll
+    for (int x = 0; x < 2; ++x) spread[n][x] = __shfl_sync(kAllLanes, own, (2 * j + x) * 4);
+  }
+  if constexpr (!kMatrix<T>) __syncthreads();
+
+  float logits[kWarpTiles][kQueryTiles][4];
+  if constexpr (kMatrix<T>) {
+    uint4 keys[kWarpTiles][2][kGroups];
+#pragma unroll
+    for (int t = 0; t < kWarpTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t c = first + (warp * kWarpTiles + t) * kTileClusters + r + 8 * i;
+        const uint4* row = reinterpret_cast<const uint4*>(
+            params.centroid_keys.row<const T>(b, h, c < live ? c : 0));
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          keys[t][i][g] =
+              c < live && 4 * g + j < row_chunks ? row[4 * g + j] : make_uint4(0, 0, 0, 0);
+        }
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kWarpTiles; ++t) {
+#pragma unroll
+      for (int n = 0; n < kQueryTiles; ++n) {
+        float(&s)[4] = logits[t][n];
+        s[0] = s[1] = s[2] = s[3] = 0.0f;
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          const uint4 &near = keys[t][0][g], &far = keys[t][1][g], &q = chunks[n][g];
+          multiply_tiles<T>(s[0], s[1], s[2], s[3], near.x, far.x, near.y, far.y, q.x, q.y);
+          multiply_tiles<T>(s[0], s[1], s[2], s[3], near.z, far.z, near.w, far.w, q.z, q.w);
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int t = 0; t < kWarpTiles; ++t) {
+      float parts[2][kQueries] = {};
+      const uint4* row[2];
+      bool inside[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t c = first + (warp * kWarpTiles + t) * kTileClusters + r + 8 * i;
+        inside[i] = c < live;
+        row[i] = reinterpret_cast<const uint4*>(
+            params.centroid_keys.row<const T>(b, h, inside[i] ? c : 0));
+      }
+#pragma unroll 4
+      for (int g = 0; g < kGroups; ++g) {
+        const int chunk = 4 * g + j;
+        float key[2][kElements];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          unpack_chunk<T>(
+              inside[i] && chunk < row_chunks ? row[i][chunk] : make_uint4(0, 0, 0, 0), key[i]);
+        }
+#pragma unroll
+        for (int query = 0; query < kQueries; ++query) {
+#pragma unroll
+          for (int e = 0; e < kElements; ++e) {
+            const float q = rows[query * kGroups * 4 * kElements + chunk * kElements + e];
+            parts[0][query] += key[0][e] * q;
+            parts[1][query] += key[1][e] * q;
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int query = 0; query < kQueries; ++query) {
+          float sum = parts[i][query];
+          sum += __shfl_xor_sync(kAllLanes, sum, 1);
+          sum += __shfl_xor_sync(kAllLanes, sum, 2);
+          if (query % 8 / 2 == j) logits[t][query / 8][2 * i + query % 2] = sum;
+        }
+      }
+    }
+  }
+
+  const float scale2 = params.scale * kLog2e;
+  const int32_t* offsets = params.offsets + task * (params.clusters + 1);
+#pragma unroll
+  for (int t = 0; t < kWarpTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t c = first + (warp * kWarpTiles + t) * kTileClusters + r + 8 * i;
+      const int32_t size = c < live ? offsets[c + 1] - offsets[c] : 0;
+      const float variance = c < live ? params.variances[task * params.clusters + c] : 0.0f;
+#pragma unroll
+      for (int n = 0; n < kQueryTiles; ++n) {
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          float& logit = logits[t][n][2 * i + x];
+          const int query = 8 * n + 2 * j + x;
+          const float plain = size > 0 ? logit * scale2 : -INFINITY;
+          const float mass =
+              plain + log2f(static_cast<float>(size) * (1.0f + variance * spread[n][x]));
+          logit = params.use_variance ? (size > 0 ? mass : -INFINITY) : plain;
+          if (c < params.clusters && query < queries) {
+            const int64_t at = (task * params.clusters + c) * params.groups + first_query + query;
+            params.log2_mass[at] = size > 0 ? mass : -INFINITY;
+            if (params.ranked != nullptr) params.ranked[at] = plain;
+          }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kQueryTiles; ++n) {
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      float top = -INFINITY;
+#pragma unroll
+      for (int t = 0; t < kWarpTiles; ++t) {
+        top = fmaxf(top, fmaxf(logits[t][n][x], logits[t][n][2 + x]));
+      }
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) {
+        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
+      }
+      const float origin = top == -INFINITY ? 0.0f : top;
+      float sum = 0.0f;
+#pragma unroll
+      for (int t = 0; t < kWarpTiles; ++t) {
+        sum += exp2_of(logits[t][n][x] - origin) + exp2_of(logits[t][n][2 + x] - origin);
+      }
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+      if (r == 0) warp_sums[warp][8 * n + 2 * j + x] = make_float2(top, sum);
+    }
+  }
+  __syncthreads();
+  if (thread < queries) {
+    float2 all = warp_sums[0][thread];
+#pragma unroll
+    for (int w = 1; w < kScoreWarps; ++w) {
+      const float2 own = warp_sums[w][thread];
+      const float top = fmaxf(all.x, own.x), origin = top == -INFINITY ? 0.0f : top;
+      all = make_float2(top, all.y * exp2_of(all.x - origin) + own.y * exp2_of(own.x - origin));
+    }
+    params.sums[(task * gridDim.x + blockIdx.x) * params.groups + first_query + thread] = all;
+  }
+}
+
+// Without clusters one block still sets the tickets.
+int64_t score_block_count(int64_t clusters) {
+  return std::max<int64_t>(ceil_div(clusters, kBlockClusters), 1);
+}
+
+template <typename T, int kGroups>
+void launch_score_groups(const Launcher& launch, const ScoreParams& params, int64_t tasks) {
+  const int64_t blocks = score_block_count(params.clusters);
+  if (params.groups <= 8 || kGroups > 4) {
+    launch(
+        score_kernel<T, kGroups, 1>, grid_of(blocks, tasks * ceil_div(params.groups, 8)),
+        kScoreThreads, 0, 1, params);
+  } else if constexpr (kGroups <= 4) {
+    launch(
+        score_kernel<T, kGroups, 2>, grid_of(blocks, tasks * ceil_div(params.groups, 16)),
+        kScoreThreads, 0, 1, params);
+  }
+}
+
+template <typename T>
+void launch_score(const Launcher& launch, const ScoreParams& params, int64_t tasks) {
+  constexpr int kScale = kMatrix<T> ? 1 : 2;  // float32 has twice the chunks
+  if (params.head_dim <= 64) launch_score_groups<T, 2 * kScale>(launch, params, tasks);
+  else if (params.head_dim <= 96) launch_score_groups<T, 3 * kScale>(launch, params, tasks);
+  else if (params.head_dim <= 128) launch_score_groups<T, 4 * kScale>(launch, params, tasks);
+  else launch_score_groups<T, 8 * kScale>(launch, params, tasks);
+}
+
+constexpr int kSelectThreads = 1024;
+constexpr int kSelectWarps = kSelectThreads / 32;
+constexpr int kBins = 2048;
+// Sort keys are cut into 11, 11 and 10 bits.
+constexpr int kDigits = 3;
+// Of a (row, head) with more clusters, several processors choose together.
+constexpr int64_t kBlockKeys = 8192;
+constexpr int64_t kMostBlocks = 8;  // of a portable thread block cluster
+// Sort keys that fit into shared memory; beyond, they stay in global memory.
+constexpr int64_t kKeysInShared = 32768;
+// Retrieved clusters that are put in order by counting; beyond, by a sorting network.
+constexpr int64_t kCountedRanks = 2048;
+constexpr int kLanesPerRank = 8;
+
+struct SelectParams {
+  int64_t heads, groups, clusters, score_blocks;
+  const int32_t* offsets;  // [B, Hkv, C + 1]
+  const float* ranked;     // [B * Hkv, C, G]
+  const float2* sums;      // [B * Hkv, blocks, G]
+  int64_t max_retrieved, min_retrieved_clusters;
+  double retrieval_budget, estimation_budget;
+  uint32_t* keys;     // [B * Hkv, C], where they do not fit into shared memory
+  uint64_t* order;    // [B * Hkv, R rounded up to a power of 2]: keys and ids of retrieved clusters
+  int64_t order_capacity;
+  Choice choice;
+};
+
+// Sums over the threads of a block, in their order; each thread gets the sum of those before it.
+__device__ __forceinline__ uint64_t sum_before(uint64_t own, uint64_t* warp_totals, uint64_t& total) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  uint64_t sum = own;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const uint64_t other = __shfl_up_sync(kAllLanes, sum, step);
+    if (lane >= step) sum += other;
+  }
+  if (lane == 31) warp_totals[warp] = sum;
+  __syncthreads();
+  uint64_t before = lane < kSelectWarps ? warp_totals[lane] : 0;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const uint64_t other = __shfl_up_sync(kAllLanes, before, step);
+    if (lane >= step) before += other;
+  }
+  total = __shfl_sync(kAllLanes, before, 31);
+  const uint64_t previous = __shfl_sync(kAllLanes, before, warp > 0 ? warp - 1 : 0);
+  __syncthreads();  // warp_totals may be used again
+  return sum - own + (warp > 0 ? previous : 0);
+}
+
+__device__ __forceinline__ uint64_t pair_of(uint32_t low, uint32_t high) {
+  return static_cast<uint64_t>(high) << 32 | low;
+}
+
+// Ascending keys are descending scores. A cluster without tokens, or whose score is not a number, comes
+// behind all others; ties go by id.
+__device__ __forceinline__ uint32_t sort_key(float score, int32_t size) {
+  return size > 0 && score >= 0.0f ? 0xfffffffeu - __float_as_uint(score) : 0xffffffffu;
+}
+
+// The threshold of the first k clusters in order: those with smaller keys are among them, and of those
+// with an equal key the first `equals` by id.
+struct Threshold {
+  uint32_t key;
+  uint32_t equals;
+};
+
+struct SelectShared {
+  uint32_t counts[kDigits][2][kBins];  // of keys by digit, for both thresholds
+  uint64_t warp_totals[kSelectWarps];
+  uint64_t block_totals[2];
+  Threshold thresholds[2];
+};
+
+struct Cluster {
+  bool several;
+  groups_of_threads::cluster_group group;
+
+  __device__ __forceinline__ void sync() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (several) {
+      group.sync();
+      return;
+    }
+#endif
+    __syncthreads();
+  }
+  __device__ __forceinline__ unsigned rank() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (several) return group.block_rank();
+#endif
+    return 0;
+  }
+  // The same variable in another block's shared memory.
+  template <typename T>
+  __device__ __forceinline__ const T* in_block(const T* variable, unsigned block) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (several) return group.map_shared_rank(const_cast<T*>(variable), block);
+#endif
+    return variable;
+  }
+};
+
+// Refines both thresholds by one digit, from the counts of all blocks.
+__device__ __forceinline__ void refine(
+    SelectShared& shared, const Cluster& cluster, unsigned blocks, int digit, int bits) {
+  const int thread = static_cast<int>(threadIdx.x);
+  cluster.sync();
+  uint32_t counts[2][2];  // [threshold][bin 2 thread, 2 thread + 1]
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int table = digit == 0 ? 0 : i;
+    counts[i][0] = counts[i][1] = 0;
+    for (unsigned block = 0; block < blocks; ++block) {
+      const uint2 own = *reinterpret_cast<const uint2*>(
+          cluster.in_block(shared.counts[digit][table] + 2 * thread, block));
+      counts[i][0] += own.x;
+      counts[i][1] += own.y;
+    }
+  }
+  const Threshold old[2] = {shared.thresholds[0], shared.thresholds[1]};
+  uint64_t total;
+  const uint64_t before = sum_before(
+      pair_of(counts[0][0] + counts[0][1], counts[1][0] + counts[1][1]), shared.warp_totals, total);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    uint32_t less = static_cast<uint32_t>(i == 0 ? before : before >> 32);
+#pragma unroll
+    for (int bin = 0; bin < 2; ++bin) {
+      if (old[i].equals > less && old[i].equals <= less + counts[i][bin]) {
+        shared.thresholds[i].key = old[i].key << bits | static_cast<uint32_t>(2 * thread + bin);
+        shared.thresholds[i].equals = old[i].equals - less;
+      }
+      less += counts[i][bin];
+    }
+    if (thread == 0 && old[i].equals == 0) shared.thresholds[i].key = 0;  // nothing to choose
+  }
+  __syncthreads();
+}
+
+__global__ void __launch_bounds__(kSelectThreads)
+    select_kernel(const __grid_constant__ SelectParams params, int32_t blocks, int32_t keys_in_shared) {
+  extern __shared__ uint4 memory[];
+  SelectShared& shared = *reinterpret_cast<SelectShared*>(memory);
+  float* norms = reinterpret_cast<float*>(&shared + 1);  // [G]: log2 of the sum of all masses
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  release_successor();
+  const Cluster cluster{blocks > 1, groups_of_threads::this_cluster()};
+  const int64_t task = blockIdx.x / blocks, b = task / params.heads;
+  const unsigned block = cluster.rank();
+  for (int i = thread; i < kDigits * 2 * kBins; i += kSelectThreads) (&shared.counts[0][0][0])[i] = 0;
+  wait_for_predecessor();
+
+  const Choice& choice = params.choice;
+  int64_t live = choice.counters[b * kCounters + kClusters];
+  live = live < 0 ? 0 : live < params.clusters ? live : params.clusters;
+  int64_t retrieved = retrieved_count(params.retrieval_budget, params.min_retrieved_clusters, live);
+  retrieved = retrieved < params.max_retrieved ? retrieved : params.max_retrieved;
+  int64_t estimated = budget_count(params.estimation_budget, live);
+  estimated = estimated < live - retrieved ? estimated : live - retrieved;
+  if (thread < 2) {
+    const int64_t count = thread == 0 ? retrieved : retrieved + estimated;
+    shared.thresholds[thread] = {0, static_cast<uint32_t>(count)};
+  }
+  for (int64_t g = warp; g < params.groups; g += kSelectWarps) {
+    const float2* sums = params.sums + task * params.score_blocks * params.groups + g;
+    float2 all = make_float2(-INFINITY, 0.0f);
+    for (int64_t i = lane; i < params.score_blocks; i += 32) {
+      const float2 own = sums[i * params.groups];
+      const float top = fmaxf(all.x, own.x), origin = top == -INFINITY ? 0.0f : top;
+      all = make_float2(top, all.y * exp2_of(all.x - origin) + own.y * exp2_of(own.x - origin));
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      const float2 own = make_float2(
+          __shfl_xor_sync(kAllLanes, all.x, step), __shfl_xor_sync(kAllLanes, all.y, step));
+      const float top = fmaxf(all.x, own.x), origin = top == -INFINITY ? 0.0f : top;
+      all = make_float2(top, all.y * exp2_of(all.x - origin) + own.y * exp2_of(own.x - origin));
+    }
+    if (lane == 0) norms[g] = all.x + log2f(all.y);
+  }
+  __syncthreads();
+
+  // Sort keys of this block's share of the clusters, a multiple of four for each thread.
+  const int64_t per_thread = ceil_div(live, static_cast<int64_t>(blocks) * kSelectThreads * 4) * 4;
+  const int64_t first = block * per_thread * kSelectThreads;
+  const int64_t rest = live - first;
+  const int count = static_cast<int>(
+      rest < 0 ? 0 : rest < per_thread * kSelectThreads ? rest : per_thread * kSelectThreads);
+  const int32_t* offsets = params.offsets + task * (params.clusters + 1) + first;
+  const float* ranked = params.ranked + (task * params.clusters + first) * params.groups;
+  uint32_t* keys = keys_in_shared != 0
+      ? reinterpret_cast<uint32_t*>(norms + ceil_div(params.groups, 4) * 4)
+      : params.keys + task * ceil_div(params.clusters, 4) * 4 + first;
+  const bool quads = params.groups % 4 == 0;
+#pragma unroll 2
+  for (int i = thread; i < count; i += kSelectThreads) {
+    float score = 0.0f;
+    const float* own = ranked + static_cast<int64_t>(i) * params.groups;
+    if (quads) {
+      for (int64_t g = 0; g < params.groups; g += 4) {
+        const float4 logits = *reinterpret_cast<const float4*>(own + g);
+        score += exp2_of(logits.x - norms[g]) + exp2_of(logits.y - norms[g + 1]) +
+            exp2_of(logits.z - norms[g + 2]) + exp2_of(logits.w - norms[g + 3]);
+      }
+    } else {
+      for (int64_t g = 0; g < params.groups; ++g) score += exp2_of(own[g] - norms[g]);
+    }
+    const uint32_t key = sort_key(score, offsets[i + 1] - offsets[i]);
+    keys[i] = key;
+    atomicAdd(&shared.counts[0][0][key >> 21], 1u);
+  }
+  refine(shared, cluster, blocks, 0, 11);
+  {
+    const uint32_t near = shared.thresholds[0].key, far = shared.thresholds[1].key;
+    for (int i = thread; i < count; i += kSelectThreads) {
+      const uint32_t key = keys[i];
+      if (key >> 21 == near) atomicAdd(&shared.counts[1][0][key >> 10 & 2047], 1u);
+      if (key >> 21 == far) atomicAdd(&shared.counts[1][1][key >> 10 & 2047], 1u);
+    }
+  }
+  refine(shared, cluster, blocks, 1, 11);
+  {
+    const uint32_t near = shared.thresholds[0].key, far = shared.thresholds[1].key;
+    for (int i = thread; i < count; i += kSelectThreads) {
+      const uint32_t key = keys[i];
+      if (key >> 10 == near) atomicAdd(&shared.counts[2][0][key & 1023], 1u);
+      if (key >> 10 == far) atomicAdd(&shared.counts[2][1][key & 1023], 1u);
+    }
+  }
+  refine(shared, cluster, blocks, 2, 10);
+
+  // Places in order of ids: those of a thread are neighbours.
+  const Threshold near = shared.thresholds[0], far = shared.thresholds[1];
+  const int begin = static_cast<int>(thread * per_thread);
+  const int end = static_cast<int>(begin + per_thread < count ? begin + per_thread : count);
+  uint32_t less[2] = {0, 0}, equal[2] = {0, 0};
+  const auto for_each_key = [&](const auto& use) {
+    for (int i = begin; i < end; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(keys + i);
+      use(i, four.x);
+      if (i + 1 < end) use(i + 1, four.y);
+      if (i + 2 < end) use(i + 2, four.z);
+      if (i + 3 < end) use(i + 3, four.w);
+    }
+  };
+  const auto count_key = [&](uint32_t key) {
+    less[0] += key < near.key;
+    less[1] += key < far.key;
+    equal[0] += key == near.key;
+    equal[1] += key == far.key;
+  };
+  for_each_key([&](int, uint32_t key) { count_key(key); });
+  uint64_t less_total, equal_total;
+  uint64_t less_before = sum_before(pair_of(less[0], less[1]), shared.warp_totals, less_total);
+  uint64_t equal_before = sum_before(pair_of(equal[0], equal[1]), shared.warp_totals, equal_total);
+  if (blocks > 1) {
+    if (thread == 0) {
+      shared.block_totals[0] = less_total;
+      shared.block_totals[1] = equal_total;
+    }
+    cluster.sync();
+    for (unsigned other = 0; other < block; ++other) {
+      const uint64_t* totals = cluster.in_block(shared.block_totals, other);
+      less_before += totals[0];
+      equal_before += totals[1];
+    }
+  }
+  less[0] = static_cast<uint32_t>(less_before);
+  less[1] = static_cast<uint32_t>(less_before >> 32);
+  equal[0] = static_cast<uint32_t>(equal_before);
+  equal[1] = static_cast<uint32_t>(equal_before >> 32);
+  uint64_t* order = params.order + task * params.order_capacity;
+  int32_t* estimated_ids = choice.estimated + task * params.clusters;
+  for_each_key([&](int i, uint32_t key) {
+    const bool is_near = key < near.key || (key == near.key && equal[0] < near.equals);
+    const bool is_far = key < far.key || (key == far.key && equal[1] < far.equals);
+    const uint32_t near_place = less[0] + min(equal[0], near.equals);
+    const uint32_t far_place = less[1] + min(equal[1], far.equals);
+    if (is_near) order[near_place] = pair_of(static_cast<uint32_t>(first + i), key);
+    else if (is_far) estimated_ids[far_place - near_place] = static_cast<int32_t>(first + i);
+    count_key(key);
+  });
+  if (block == 0 && thread == 0) choice.estimated_counts[task] = static_cast<int32_t>(estimated);
+  __threadfence();
+  cluster.sync();
+
+  // The retrieved clusters by rank.
+  int32_t* ids = choice.retrieved == nullptr ? nullptr : choice.retrieved + task * params.max_retrieved;
+  int32_t* before =
+      choice.before == nullptr ? nullptr : choice.before + task * (params.max_retrieved + 1);
+  int32_t* shift = choice.before == nullptr ? nullptr : choice.shift + task * params.max_retrieved;
+  const int32_t* all_offsets = params.offsets + task * (params.clusters + 1);
+  const auto place_rank = [&](int64_t rank, uint64_t entry) {
+    const int64_t id = static_cast<int64_t>(entry & 0xffffffffu);
+    if (ids != nullptr) ids[rank] = static_cast<int32_t>(id);
+    if (before == nullptr) return;
+    // An index in disorder must not lead outside the store.
+    const int64_t slot = all_offsets[id], tokens = all_offsets[id + 1] - slot;
+    const bool inside = slot >= 0 && tokens >= 0 && slot + tokens <= choice.store_capacity;
+    before[rank + 1] = inside ? static_cast<int32_t>(tokens) : 0;
+    shift[rank] = static_cast<int32_t>(slot);
+  };
+  const int64_t all_threads = static_cast<int64_t>(blocks) * kSelectThreads;
+  const int64_t own_thread = static_cast<int64_t>(block) * kSelectThreads + thread;
+  if (retrieved <= kCountedRanks) {
+    uint64_t* entries = reinterpret_cast<uint64_t*>(&shared.counts[0][0][0]);
+    for (int64_t i = thread; i < retrieved; i += kSelectThreads) entries[i] = __ldcg(order + i);
+    __syncthreads();
+    const int part = thread % kLanesPerRank;
+    for (int64_t item = own_thread / kLanesPerRank;; item += all_threads / kLanesPerRank) {
+      if (item - lane / kLanesPerRank >= retrieved) break;  // alike in a warp
+      const uint64_t own = item < retrieved ? entries[item] : 0;
+      uint32_t smaller = 0;
+      for (int64_t i = part; i < retrieved; i += kLanesPerRank) smaller += entries[i] < own;
+#pragma unroll
+      for (int step = 1; step < kLanesPerRank; step *= 2) {
+        smaller += __shfl_xor_sync(kAllLanes, smaller, step);
+      }
+      if (part == 0 && item < retrieved) place_rank(smaller, own);
+    }
+  } else {
+    int64_t size = 1;
+    while (size < retrieved) size *= 2;
+    for (int64_t i = retrieved + own_thread; i < size; i += all_threads) order[i] = ~0ull;
+    for (int64_t run = 2; run <= size; run *= 2) {
+      for (int64_t distance = run / 2; distance > 0; distance /= 2) {
+        __threadfence();
+        cluster.sync();
+        for (int64_t i = own_thread; i < size / 2; i += all_threads) {
+          const int64_t low = i / distance * 2 * distance + i % distance, high = low + distance;
+          const uint64_t a = __ldcg(order + low), c = __ldcg(order + high);
+          if ((a > c) == ((low & run) == 0)) {
+            __stcg(order + low, c);
+            __stcg(order + high, a);
+          }
+        }
+      }
+    }
+    __threadfence();
+    cluster.sync();
+    for (int64_t i = own_thread; i < retrieved; i += all_threads) place_rank(i, __ldcg(order + i));
+  }
+  if (ids != nullptr) {
+    for (int64_t i = retrieved + own_thread; i < params.max_retrieved; i += all_threads) ids[i] = -1;
+  }
+  if (before == nullptr) {
+    cluster.sync();  // others may still read this block's shared memory
+    return;
+  }
+  __threadfence();
+  cluster.sync();
+  if (block != 0) return;
+  uint32_t sum = 0;
+  for (int64_t start = 0; start < params.max_retrieved; start += kSelectThreads) {
+    const int64_t rank = start + thread;
+    const uint32_t tokens =
+        rank < retrieved ? static_cast<uint32_t>(__ldcg(before + rank + 1)) : 0;
+    uint64_t total;
+    const uint32_t behind =
+        sum + static_cast<uint32_t>(sum_before(tokens, shared.warp_totals, total));
+    if (rank < params.max_retrieved) {
+      before[rank + 1] = static_cast<int32_t>(behind + tokens);
+      shift[rank] = rank < retrieved ? __ldcg(shift + rank) - static_cast<int32_t>(behind) : 0;
+    }
+    sum += static_cast<uint32_t>(total);
+  }
+  if (thread == 0) {
+    before[0] = 0;
+    unsigned long long* row =
+        reinterpret_cast<unsigned long long*>(choice.counters + b * kCounters);
+    atomicAdd(row + kRetrievedTokens, static_cast<unsigned long long>(sum));
+    if (task % params.heads == 0) atomicAdd(row + kSteps, 1ull);
+  }
+}
+
+int64_t power_of_two(int64_t count) {
+  int64_t size = 1;
+  while (size < count) size *= 2;
+  return size;
+}
+
+}  // namespace
+
+ChoiceSpace reserve_choice(Workspace& workspace, const WaveEstimateParams& params) {
+  const int64_t tasks = params.batch * params.heads, ranks = params.max_retrieved;
+  ChoiceSpace space;
+  space.before = workspace.reserve<int32_t>(tasks * (ranks + 1));
+  space.shift = workspace.reserve<int32_t>(tasks * ranks);
+  space.estimated = workspace.reserve<int32_t>(tasks * params.clusters);
+  space.estimated_counts = workspace.reserve<int32_t>(tasks);
+  space.log2_mass = workspace.reserve<float>(tasks * params.clusters * params.groups);
+  space.ranked =
+      workspace.reserve<float>(params.use_variance ? 0 : tasks * params.clusters * params.groups);
+  space.sums =
+      workspace.reserve<float2>(tasks * score_block_count(params.clusters) * params.groups);
+  space.keys = workspace.reserve<uint32_t>(tasks * ceil_div(params.clusters, 4) * 4);
+  space.order = workspace.reserve<uint64_t>(tasks * power_of_two(ranks));
+  return space;
+}
+
+void choose(
+    const Launcher& launch,
+    const WaveEstimateParams& params,
+    const Workspace& workspace,
+    const ChoiceSpace& space,
+    Choice& choice) {
+  const int64_t tasks = params.batch * params.heads;
+  choice.estimated = workspace.at<int32_t>(space.estimated);
+  choice.estimated_counts = workspace.at<int32_t>(space.estimated_counts);
+  choice.log2_mass = workspace.at<float>(space.log2_mass);
+
+  ScoreParams score;
+  score.heads = params.heads;
+  score.groups = params.groups;
+  score.head_dim = params.head_dim;
+  score.clusters = params.clusters;
+  score.query = params.query;
+  score.centroid_keys = params.centroid_keys;
+  score.offsets = params.offsets;
+  score.variances = params.variances;
+  score.residuals = params.residuals;
+  score.counters = params.counters;
+  score.use_variance = params.use_variance;
+  score.scale = params.scale;
+  score.log2_mass = choice.log2_mass;
+  score.ranked = params.use_variance ? nullptr : workspace.at<float>(space.ranked);
+  score.sums = workspace.at<float2>(space.sums);
+  score.tickets = choice.tickets;
+  score.ticket_count = choice.ticket_count;
+  RETRO_CUDA_DISPATCH(params.dtype, launch_score, launch, score, tasks);
+
+  SelectParams select;
+  select.heads = params.heads;
+  select.groups = params.groups;
+  select.clusters = params.clusters;
+  select.score_blocks = score_block_count(params.clusters);
+  select.offsets = params.offsets;
+  select.ranked = params.use_variance ? score.log2_mass : score.ranked;
+  select.sums = score.sums;
+  select.max_retrieved = params.max_retrieved;
+  select.min_retrieved_clusters = params.min_retrieved_clusters;
+  select.retrieval_budget = params.retrieval_budget;
+  select.estimation_budget = params.estimation_budget;
+  select.keys = workspace.at<uint32_t>(space.keys);
+  select.order = workspace.at<uint64_t>(space.order);
+  select.order_capacity = power_of_two(params.max_retrieved);
+  select.choice = choice;
+  int64_t blocks = 1;
+  while (launch.hopper() && blocks < kMostBlocks && blocks * kBlockKeys < params.clusters) blocks *= 2;
+  const int64_t block_keys =
+      ceil_div(std::max<int64_t>(params.clusters, 1), blocks * kSelectThreads * 4) * 4 * kSelectThreads;
+  const bool keys_in_shared = block_keys <= kKeysInShared;
+  const int64_t bytes = static_cast<int64_t>(sizeof(SelectShared)) +
+      ceil_div(params.groups, 4) * 16 + (keys_in_shared ? block_keys * 4 : 0);
+  launch(
+      select_kernel, grid_of(tasks * blocks), kSelectThreads, bytes, blocks, select,
+      static_cast<int32_t>(blocks), static_cast<int32_t>(keys_in_shared));
+}
+
+AttendParams estimate_params(const WaveEstimateParams& params, const Choice& choice) {
+  AttendParams attend = {};
+  attend.dtype = params.dtype;
+  attend.batch = params.batch;
+  attend.heads = params.heads;
+  attend.groups = params.groups;
+  attend.head_dim = params.head_dim;
+  attend.query = params.query;
+  attend.counters = params.counters;
+  attend.estimated.ids = choice.estimated;
+  attend.estimated.counts = choice.estimated_counts;
+  attend.estimated.log2_mass = choice.log2_mass;
+  attend.estimated.centroid_values = params.centroid_values;
+  attend.estimated.clusters = params.clusters;
+  attend.scale = params.scale;
+  return attend;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> wave_estimate(
+    const Tensor& query,
+    const Tensor& centroids,
+    const Tensor& offsets,
+    const Tensor& variances,
+    const Tensor& residuals,
+    const Tensor& counters,
+    int64_t max_retrieved,
+    double retrieval_budget,
+    int64_t min_retrieved_clusters,
+    double estimation_budget,
+    std::string estimator,
+    double scale) {
+  Call<WaveEstimateParams> call = wave_estimate_call(
+      "wave_estimate", query, centroids, offsets, variances, residuals, counters, max_retrieved,
+      retrieval_budget, min_retrieved_clusters, estimation_budget, estimator, scale);
+  WaveEstimateParams& params = call.params;
+  const Launcher launch("wave_estimate", query);
+  const WaveEstimateResults results = wave_estimate_results(params, query);
+  const int64_t tasks = params.batch * params.heads;
+  if (tasks * params.groups == 0) return {results.retrieved, results.estimate, results.estimate_lse};
+
+  Choice choice = {};
+  AttendParams sizes = estimate_params(params, choice);
+  sizes.estimate_pieces = estimate_piece_count(tasks, launch.processors());
+  Workspace workspace;
+  const ChoiceSpace choice_space = reserve_choice(workspace, params);
+  const AttendSpace attend_space = reserve_attend(workspace, sizes);
+  workspace.allocate(query);
+
+  choice.retrieved = params.retrieved;
+  choice.counters = const_cast<int64_t*>(params.counters);
+  choice.tickets = workspace.at<int32_t>(attend_space.tickets);
+  choice.ticket_count = ticket_count(sizes);
+  choose(launch, params, workspace, choice_space, choice);
+
+  AttendParams attention = estimate_params(params, choice);
+  attention.estimate_pieces = sizes.estimate_pieces;
+  use_attend(attend_space, workspace, attention);
+  attention.estimate = params.estimate;
+  attention.estimate_lse = params.estimate_lse;
+  attend(launch, attention);
+  return {results.retrieved, results.estimate, results.estimate_lse};
+}
+
+}  // namespace
+}  // namespace retro
+
+STABLE_TORCH_LIBRARY_IMPL(retro, CUDA, m) {
+  m.impl("wave_estimate", TORCH_BOX(&retro::wave_estimate));
+}
