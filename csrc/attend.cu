@@ -8,12 +8,15 @@ namespace {
 constexpr int kTileTokens = 16;  // rows of a matrix instruction
 constexpr int kAttendWarps = 4;
 constexpr int kAttendThreads = kAttendWarps * 32;
-// Ranks whose places fit beside the tiles of two blocks on one processor.
-constexpr int64_t kRanksInShared = 1792;
+// Ranks whose places fit beside the tiles of three blocks on one processor.
+constexpr int64_t kRanksInShared = 1280;
 // Of a processor's blocks, three read tokens for each that reads centroids: at the default budgets
 // that is the proportion of their bytes.
 constexpr int64_t kPiecesPerEstimatePiece = 4;
 constexpr int64_t kBlocksPerProcessor = 2;
+// Where there are more (row, head) pairs than that gives pieces: rows differ, and a processor that is done
+// early takes another piece.
+constexpr int64_t kFewestPieces = 16;
 
 // Sizes of one warp's tile. A warp reads rows in the order in which its lanes feed the matrix units:
 // lane 4 r + j holds of keys r and r + 8 every fourth chunk from j, and of values 2 j, 2 j + 1, 2 j + 8,
@@ -30,8 +33,9 @@ struct Shape {
   // Estimates need masses where tokens need keys.
   static constexpr int kTileBytes =
       16 * kValueChunks + (16 * kKeyChunks > 4 * kMassWords ? 16 * kKeyChunks : 4 * kMassWords);
-  // Tiles of a warp that are under way or in use: enough to hide the latency of memory.
-  static constexpr int kStages = kTileBytes <= 8192 ? 3 : kTileBytes <= 16384 ? 2 : 1;
+  // Tiles of a warp that are under way or in use. Three blocks to a processor hide each other's beginning
+  // and end.
+  static constexpr int kStages = kTileBytes <= 4096 ? 4 : kTileBytes <= 16384 ? 2 : 1;
   static constexpr int kWarpBytes = kStages * kTileBytes;
   static_assert(kWarpBytes >= 4 * kQueries * kPadded, "the state of a warp takes the place of its tiles");
 };
@@ -297,6 +301,7 @@ struct Walker {
   const int32_t* before;  // in shared memory, if they fit
   const int32_t* shift;
   int32_t estimated;
+  int32_t rank;  // of the token that was found last
 
   __device__ __forceinline__ uint4* values_at(int stage) const {
     return reinterpret_cast<uint4*>(memory + stage * S::kTileBytes);
@@ -309,17 +314,22 @@ struct Walker {
   }
 
   // Where token v lies: a slot of the store, or -2 - slot of the steady zone; -1: nowhere.
-  __device__ __forceinline__ int32_t find(int64_t v) const {
+  __device__ __forceinline__ int32_t find(int64_t v) {
     if (v < steady_tokens) return -2 - static_cast<int32_t>(v);
     if (v >= tokens) return -1;
     const int32_t u = static_cast<int32_t>(v - steady_tokens);
-    int32_t low = 0, high = static_cast<int32_t>(params.retrieved.clusters);
-    while (high - low > 1) {
-      const int32_t middle = (low + high) / 2;
-      if (before[middle] <= u) low = middle;
-      else high = middle;
+    if (rank < 0) {
+      int32_t high = static_cast<int32_t>(params.retrieved.clusters);
+      rank = 0;
+      while (high - rank > 1) {
+        const int32_t middle = (rank + high) / 2;
+        if (before[middle] <= u) rank = middle;
+        else high = middle;
+      }
     }
-    return shift[low] + u;
+    // A lane's tokens come in their order, a few ranks apart.
+    while (before[rank + 1] <= u) ++rank;
+    return shift[rank] + u;
   }
 
   __device__ __forceinline__ const T* token_row(
@@ -340,7 +350,7 @@ struct Walker {
     }
   }
 
-  __device__ __forceinline__ void copy_tokens(int stage, int64_t tile) const {
+  __device__ __forceinline__ void copy_tokens(int stage, int64_t tile) {
     const int r = lane / 4, j = lane % 4;
     const int32_t at = find(tile * kTileTokens + lane % kTileTokens);
 #pragma unroll
@@ -395,7 +405,7 @@ struct Walker {
   }
 
   template <bool kEstimate, typename Use>
-  __device__ __forceinline__ void walk(int64_t first, int64_t last, const Use& use) const {
+  __device__ __forceinline__ void walk(int64_t first, int64_t last, const Use& use) {
     const auto copy = [&](int stage, int64_t tile) {
       if (tile < last) {
         if constexpr (kEstimate) copy_clusters(stage, tile);
@@ -441,7 +451,7 @@ __device__ __forceinline__ float merge_weights(
   const float mass = exact.mass * keep + add;
   keep /= mass;
   add /= mass;
-  return (top + log2f(mass)) * kLn2;
+  return (top + log2_of(mass)) * kLn2;
 }
 
 template <typename T>
@@ -480,16 +490,14 @@ __device__ void merge_pieces(
     const int query = i / quads, quad = i % quads;
     const auto sum_of = [&](int first, int last) {
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
+#pragma unroll 16
       for (int p = first; p < last; ++p) {
         const float factor = factors[p * queries_of_tile + query];
-        if (factor != 0.0f) {  // nothing was stored for a piece without rows
-          const float4 own = __ldcg(values + (p * queries_of_tile + query) * quads + quad);
-          sum.x += factor * own.x;
-          sum.y += factor * own.y;
-          sum.z += factor * own.z;
-          sum.w += factor * own.w;
-        }
+        const float4 own = __ldcg(values + (p * queries_of_tile + query) * quads + quad);
+        sum.x += factor * own.x;
+        sum.y += factor * own.y;
+        sum.z += factor * own.z;
+        sum.w += factor * own.w;
       }
       return sum;
     };
@@ -504,7 +512,7 @@ __device__ void merge_pieces(
       estimate = sum_of(params.exact_pieces, pieces);
       const float inverse = 1.0f / guess.mass;
       estimate.x *= inverse, estimate.y *= inverse, estimate.z *= inverse, estimate.w *= inverse;
-      estimate_lse = (guess.largest + log2f(guess.mass)) * kLn2;
+      estimate_lse = (guess.largest + log2_of(guess.mass)) * kLn2;
     }
     if (params.out == nullptr) {
       reinterpret_cast<float4*>(params.estimate)[q * quads + quad] = estimate;
@@ -528,7 +536,7 @@ __device__ void merge_pieces(
 }
 
 template <typename T, int kGroups, int kQueryTiles>
-__global__ void __launch_bounds__(kAttendThreads)
+__global__ void __launch_bounds__(kAttendThreads, 2)
     attend_kernel(const __grid_constant__ AttendParams params) {
   using S = Shape<T, kGroups, kQueryTiles>;
   extern __shared__ uint4 shared[];
@@ -555,7 +563,7 @@ __global__ void __launch_bounds__(kAttendThreads)
 
   Walker<T, kGroups, kQueryTiles> walker{
       params, place, memory + warp * S::kWarpBytes, warp, lane,
-      static_cast<int>(params.head_dim) / S::kElements, 0, 0, nullptr, nullptr, 0};
+      static_cast<int>(params.head_dim) / S::kElements, 0, 0, nullptr, nullptr, 0, -1};
   WarpState<T, kGroups, kQueryTiles> state;
   state.clear();
   if (place.piece < params.exact_pieces) {
@@ -647,17 +655,19 @@ __global__ void __launch_bounds__(kAttendThreads)
       sum.z += factor * own.z;
       sum.w += factor * own.w;
     }
-    if (mass > 0.0f) __stcg(values + i, sum);
+    __stcg(values + i, sum);
     if (quad == 0) __stcg(params.sums + first_sum + query, make_float2(top, mass));
   }
 
   // The block that comes last merges all pieces, always in the same order.
-  __threadfence();
   __syncthreads();
-  if (thread == 0) is_last = atomicAdd(params.tickets + tile, 1) == place.pieces - 1;
+  if (thread == 0) {
+    __threadfence();
+    is_last = atomicAdd(params.tickets + tile, 1) == place.pieces - 1;
+    __threadfence();
+  }
   __syncthreads();
   if (!is_last) return;
-  __threadfence();
   merge_pieces<T>(params, place, tile, S::kQueries, memory);
 }
 
@@ -695,7 +705,7 @@ void launch_typed(const Launcher& launch, const AttendParams& params) {
 }
 
 int64_t pieces_per_task(int64_t tasks, int64_t processors) {
-  return std::max<int64_t>(kBlocksPerProcessor * processors / std::max<int64_t>(tasks, 1), 2);
+  return std::max(kBlocksPerProcessor * processors / std::max<int64_t>(tasks, 1), kFewestPieces);
 }
 
 }  // namespace

@@ -15,8 +15,7 @@
 
 namespace retro {
 
-// A template's arguments in parentheses: RETRO_CUDA_DISPATCH(dtype, launch, params, stream) calls
-// launch<T>(params, stream) with T the element type.
+// RETRO_CUDA_DISPATCH(dtype, function, ...) calls function<T>(...) with T the element type.
 #define RETRO_CUDA_DISPATCH(dtype, function, ...)                               \
   do {                                                                          \
     switch (dtype) {                                                            \
@@ -32,7 +31,8 @@ class Launcher {
   Launcher(const char* op, const Tensor& tensor)
       : op_(op), guard_(tensor.get_device_index()), device_(tensor.get_device_index()) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    const auto error = aoti_torch_get_current_cuda_stream(device_, &stream);
+    if (error != 0) fail(op_, "no current stream on device ", device_);
     stream_ = static_cast<cudaStream_t>(stream);
     int major = 0;
     require(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
@@ -56,14 +56,25 @@ class Launcher {
       int64_t cluster,
       const Arguments&... arguments) const {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-    constexpr int64_t kWithoutAsking = 48 * 1024;
+    // 48 KB come without asking, static shared memory included.
+    constexpr int64_t kWithoutAsking = 32 * 1024;
     if (shared_bytes > kWithoutAsking) {
       require(cudaFuncSetAttribute(
           kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
     }
     cudaLaunchAttribute attributes[2];
     unsigned count = 0;
+#ifdef RETRO_NO_PDL
+    if (hopper_ && cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count].val.clusterDim.x = static_cast<unsigned>(cluster);
+      attributes[count].val.clusterDim.y = 1;
+      attributes[count++].val.clusterDim.z = 1;
+    }
+    if (false) {
+#else
     if (hopper_) {
+#endif
       attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attributes[count++].val.programmaticStreamSerializationAllowed = 1;
       if (cluster > 1) {
@@ -86,7 +97,9 @@ class Launcher {
 
  private:
   void require(cudaError_t error) const {
-    if (error != cudaSuccess) fail(op_, "CUDA says: ", cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // or the next call of anything would report it again
+    fail(op_, "CUDA says: ", cudaGetErrorString(error));
   }
 
   const char* op_;
@@ -276,7 +289,18 @@ __device__ __forceinline__ void prefetch_line(const void* address) {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// 2^x; 0 for -inf
-__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
+// 2^x to about 2 in the last place; 0 for -inf and where the result would be denormal
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Logarithm to base 2, of absolute or relative error 2^-22; -inf for 0
+__device__ __forceinline__ float log2_of(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 }  // namespace retro

@@ -16,6 +16,7 @@ constexpr int kScoreWarps = kScoreThreads / 32;
 constexpr int kTileClusters = 16;  // rows of a matrix instruction
 constexpr int kWarpTiles = 2;      // all under way at once: 8 KB a warp at head_dim 128
 constexpr int64_t kBlockClusters = kScoreWarps * kWarpTiles * kTileClusters;
+constexpr int64_t kEarlyBlocks = 264;  // that find room at once, two to a processor
 
 struct ScoreParams {
   int64_t heads, groups, head_dim, clusters;
@@ -37,11 +38,12 @@ struct ScoreParams {
 // the lanes as in attention: lane 4 r + j reads every fourth chunk from j of clusters r and r + 8, and
 // gets the products of these with queries 2 j and 2 j + 1.
 template <typename T, int kGroups, int kQueryTiles>
-__global__ void __launch_bounds__(kScoreThreads)
+__global__ void __launch_bounds__(kScoreThreads, kQueryTiles == 1 && kGroups <= 4 ? 2 : 1)
     score_kernel(const __grid_constant__ ScoreParams params) {
   constexpr int kElements = kChunk<T>;
   constexpr int kQueries = 8 * kQueryTiles;
   __shared__ float2 warp_sums[kScoreWarps][kQueries];
+  __shared__ float spreads_of[kQueries];
   __shared__ float rows[kMatrix<T> ? 1 : kQueries * kGroups * 4 * kElements];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int r = lane / 4, j = lane % 4;
@@ -55,28 +57,60 @@ __global__ void __launch_bounds__(kScoreThreads)
   const int64_t first = blockIdx.x * kBlockClusters;
   const int row_chunks = static_cast<int>(params.head_dim) / kElements;
 
-  // The index is read from L2, which is coherent: its lines may come before the predecessor has ended.
-  constexpr int64_t kLine = 128;
-  for (int64_t c = thread; c < kBlockClusters; c += kScoreThreads) {
-    if (first + c >= params.clusters) break;
-    const char* row =
-        reinterpret_cast<const char*>(params.centroid_keys.row<const T>(b, h, first + c));
-    for (int64_t at = 0; at < params.head_dim * static_cast<int64_t>(sizeof(T)); at += kLine) {
-      prefetch_line(row + at);
+  // The index is read from L2, which is coherent: its lines may come before the predecessor has ended. Later
+  // blocks do not start before that.
+  if (blockIdx.x + static_cast<int64_t>(blockIdx.y) * gridDim.x < kEarlyBlocks) {
+    constexpr int64_t kLine = 128;
+    const int64_t row_bytes = params.head_dim * static_cast<int64_t>(sizeof(T));
+    for (int64_t c = thread; c < kBlockClusters && first + c < params.clusters; c += kScoreThreads) {
+      const char* row =
+          reinterpret_cast<const char*>(params.centroid_keys.row<const T>(b, h, first + c));
+      for (int64_t at = 0; at < row_bytes; at += kLine) prefetch_line(row + at);
     }
   }
   wait_for_predecessor();
 
-  if (blockIdx.x == 0 && blockIdx.y == 0) {
-    for (int64_t i = thread; i < params.ticket_count; i += kScoreThreads) params.tickets[i] = 0;
+  // Everything that comes from memory is asked for before anything is used.
+  uint4 keys[kMatrix<T> ? kWarpTiles : 1][2][kMatrix<T> ? kGroups : 1];
+  if constexpr (kMatrix<T>) {
+#pragma unroll
+    for (int t = 0; t < kWarpTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t c = first + (warp * kWarpTiles + t) * kTileClusters + r + 8 * i;
+        const uint4* row = reinterpret_cast<const uint4*>(
+            params.centroid_keys.row<const T>(b, h, c < params.clusters ? c : 0));
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          keys[t][i][g] = c < params.clusters && 4 * g + j < row_chunks ? row[4 * g + j]
+                                                                        : make_uint4(0, 0, 0, 0);
+        }
+      }
+    }
   }
   int64_t live = params.counters[b * kCounters + kClusters];
   live = live < params.clusters ? live : params.clusters;
+  const int32_t* offsets = params.offsets + task * (params.clusters + 1);
+  int32_t sizes[kWarpTiles][2];
+  float variances[kWarpTiles][2];
+#pragma unroll
+  for (int t = 0; t < kWarpTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t c = first + (warp * kWarpTiles + t) * kTileClusters + r + 8 * i;
+      const bool inside = c < params.clusters;
+      sizes[t][i] = inside ? offsets[c + 1] - offsets[c] : 0;
+      variances[t][i] = inside ? params.variances[task * params.clusters + c] : 0.0f;
+      if (c >= live) sizes[t][i] = 0;
+    }
+  }
+  if (blockIdx.x == 0 && blockIdx.y == 0) {
+    for (int64_t i = thread; i < params.ticket_count; i += kScoreThreads) params.tickets[i] = 0;
+  }
 
-  // Queries, and the spread of each: v_gi / variance_i.
+  // Queries, and the spread of each, v_gi / variance_i, which one warp computes for all.
   const float* residuals = params.residuals + task * params.head_dim;
   uint4 chunks[kQueryTiles][kMatrix<T> ? kGroups : 1];
-  float spread[kQueryTiles][2];
 #pragma unroll
   for (int n = 0; n < kQueryTiles; ++n) {
     const int query = 8 * n + r;
@@ -89,6 +123,7 @@ __global__ void __launch_bounds__(kScoreThreads)
       const uint4 own = inside && query < queries ? reinterpret_cast<const uint4*>(row)[chunk]
                                                   : make_uint4(0, 0, 0, 0);
       if constexpr (kMatrix<T>) chunks[n][c] = own;
+      if (warp != 0) continue;
       float elements[kElements];
       unpack_chunk<T>(own, elements);
       if (inside) {
@@ -100,43 +135,34 @@ __global__ void __launch_bounds__(kScoreThreads)
         }
       }
       if constexpr (!kMatrix<T>) {
-        if (warp == 0) {
 #pragma unroll
-          for (int e = 0; e < kElements; ++e) {
-            rows[query * kGroups * 4 * kElements + chunk * kElements + e] = elements[e];
-          }
+        for (int e = 0; e < kElements; ++e) {
+          rows[query * kGroups * 4 * kElements + chunk * kElements + e] = elements[e];
         }
       }
     }
+    if (warp != 0) continue;
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
       total += __shfl_xor_sync(kAllLanes, total, step);
       weighted += __shfl_xor_sync(kAllLanes, weighted, step);
     }
     const bool spreads = params.use_variance && total > 0.0f;
-    const float own = spreads ? 0.5f * params.scale * params.scale * weighted / total : 0.0f;
-#pragma unroll
-    for (int x = 0; x < 2; ++x) spread[n][x] = __shfl_sync(kAllLanes, own, (2 * j + x) * 4);
+    if (j == 0) {
+      spreads_of[query] =
+          spreads ? 0.5f * params.scale * params.scale * weighted / total : 0.0f;
+    }
   }
-  if constexpr (!kMatrix<T>) __syncthreads();
+  __syncthreads();
+  float spread[kQueryTiles][2];
+#pragma unroll
+  for (int n = 0; n < kQueryTiles; ++n) {
+#pragma unroll
+    for (int x = 0; x < 2; ++x) spread[n][x] = spreads_of[8 * n + 2 * j + x];
+  }
 
   float logits[kWarpTiles][kQueryTiles][4];
   if constexpr (kMatrix<T>) {
-    uint4 keys[kWarpTiles][2][kGroups];
-#pragma unroll
-    for (int t = 0; t < kWarpTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t c = first + (warp * kWarpTiles + t) * kTileClusters + r + 8 * i;
-        const uint4* row = reinterpret_cast<const uint4*>(
-            params.centroid_keys.row<const T>(b, h, c < live ? c : 0));
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          keys[t][i][g] =
-              c < live && 4 * g + j < row_chunks ? row[4 * g + j] : make_uint4(0, 0, 0, 0);
-        }
-      }
-    }
 #pragma unroll
     for (int t = 0; t < kWarpTiles; ++t) {
 #pragma unroll
@@ -197,29 +223,39 @@ __global__ void __launch_bounds__(kScoreThreads)
   }
 
   const float scale2 = params.scale * kLog2e;
-  const int32_t* offsets = params.offsets + task * (params.clusters + 1);
+  const bool pairs = params.groups % 2 == 0;
 #pragma unroll
   for (int t = 0; t < kWarpTiles; ++t) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t c = first + (warp * kWarpTiles + t) * kTileClusters + r + 8 * i;
-      const int32_t size = c < live ? offsets[c + 1] - offsets[c] : 0;
-      const float variance = c < live ? params.variances[task * params.clusters + c] : 0.0f;
+      const int32_t size = sizes[t][i];
 #pragma unroll
       for (int n = 0; n < kQueryTiles; ++n) {
+        const int query = 8 * n + 2 * j;
+        float plain[2], mass[2];
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
           float& logit = logits[t][n][2 * i + x];
-          const int query = 8 * n + 2 * j + x;
-          const float plain = size > 0 ? logit * scale2 : -INFINITY;
-          const float mass =
-              plain + log2f(static_cast<float>(size) * (1.0f + variance * spread[n][x]));
-          logit = params.use_variance ? (size > 0 ? mass : -INFINITY) : plain;
-          if (c < params.clusters && query < queries) {
-            const int64_t at = (task * params.clusters + c) * params.groups + first_query + query;
-            params.log2_mass[at] = size > 0 ? mass : -INFINITY;
-            if (params.ranked != nullptr) params.ranked[at] = plain;
+          const float weight = static_cast<float>(size) * (1.0f + variances[t][i] * spread[n][x]);
+          plain[x] = size > 0 ? logit * scale2 : -INFINITY;
+          mass[x] = size > 0 ? logit * scale2 + log2_of(weight) : -INFINITY;
+          logit = params.use_variance ? mass[x] : plain[x];
+        }
+        if (c >= params.clusters || query >= queries) continue;
+        const int64_t at = (task * params.clusters + c) * params.groups + first_query + query;
+        if (pairs) {
+          *reinterpret_cast<float2*>(params.log2_mass + at) = make_float2(mass[0], mass[1]);
+          if (params.ranked != nullptr) {
+            *reinterpret_cast<float2*>(params.ranked + at) = make_float2(plain[0], plain[1]);
           }
+          continue;
+        }
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          if (query + x >= queries) continue;
+          params.log2_mass[at + x] = mass[x];
+          if (params.ranked != nullptr) params.ranked[at + x] = plain[x];
         }
       }
     }
@@ -289,9 +325,10 @@ void launch_score(const Launcher& launch, const ScoreParams& params, int64_t tas
   else launch_score_groups<T, 8 * kScale>(launch, params, tasks);
 }
 
-constexpr int kSelectThreads = 1024;
+constexpr int kSelectThreads = 512;
 constexpr int kSelectWarps = kSelectThreads / 32;
 constexpr int kBins = 2048;
+constexpr int kThreadBins = kBins / kSelectThreads;
 // Sort keys are cut into 11, 11 and 10 bits.
 constexpr int kDigits = 3;
 // Of a (row, head) with more clusters, several processors choose together.
@@ -397,29 +434,32 @@ __device__ __forceinline__ void refine(
     SelectShared& shared, const Cluster& cluster, unsigned blocks, int digit, int bits) {
   const int thread = static_cast<int>(threadIdx.x);
   cluster.sync();
-  uint32_t counts[2][2];  // [threshold][bin 2 thread, 2 thread + 1]
+  uint32_t counts[2][kThreadBins];  // [threshold][bin kThreadBins thread + ...]
+  uint32_t sums[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int table = digit == 0 ? 0 : i;
-    counts[i][0] = counts[i][1] = 0;
+#pragma unroll
+    for (int bin = 0; bin < kThreadBins; ++bin) counts[i][bin] = 0;
     for (unsigned block = 0; block < blocks; ++block) {
-      const uint2 own = *reinterpret_cast<const uint2*>(
-          cluster.in_block(shared.counts[digit][table] + 2 * thread, block));
-      counts[i][0] += own.x;
-      counts[i][1] += own.y;
+      const uint32_t* own =
+          cluster.in_block(shared.counts[digit][table] + kThreadBins * thread, block);
+#pragma unroll
+      for (int bin = 0; bin < kThreadBins; ++bin) counts[i][bin] += own[bin];
     }
+#pragma unroll
+    for (int bin = 0; bin < kThreadBins; ++bin) sums[i] += counts[i][bin];
   }
   const Threshold old[2] = {shared.thresholds[0], shared.thresholds[1]};
   uint64_t total;
-  const uint64_t before = sum_before(
-      pair_of(counts[0][0] + counts[0][1], counts[1][0] + counts[1][1]), shared.warp_totals, total);
+  const uint64_t before = sum_before(pair_of(sums[0], sums[1]), shared.warp_totals, total);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     uint32_t less = static_cast<uint32_t>(i == 0 ? before : before >> 32);
 #pragma unroll
-    for (int bin = 0; bin < 2; ++bin) {
+    for (int bin = 0; bin < kThreadBins; ++bin) {
       if (old[i].equals > less && old[i].equals <= less + counts[i][bin]) {
-        shared.thresholds[i].key = old[i].key << bits | static_cast<uint32_t>(2 * thread + bin);
+        shared.thresholds[i].key = old[i].key << bits | static_cast<uint32_t>(kThreadBins * thread + bin);
         shared.thresholds[i].equals = old[i].equals - less;
       }
       less += counts[i][bin];
@@ -453,6 +493,31 @@ __global__ void __launch_bounds__(kSelectThreads)
     const int64_t count = thread == 0 ? retrieved : retrieved + estimated;
     shared.thresholds[thread] = {0, static_cast<uint32_t>(count)};
   }
+  // Sort keys of this block's share of the clusters, a multiple of four for each thread.
+  const int64_t per_thread = ceil_div(live, static_cast<int64_t>(blocks) * kSelectThreads * 4) * 4;
+  const int64_t first = block * per_thread * kSelectThreads;
+  const int64_t rest = live - first;
+  const int count = static_cast<int>(
+      rest < 0 ? 0 : rest < per_thread * kSelectThreads ? rest : per_thread * kSelectThreads);
+  const int32_t* offsets = params.offsets + task * (params.clusters + 1) + first;
+  const float* ranked = params.ranked + (task * params.clusters + first) * params.groups;
+  uint32_t* keys = keys_in_shared != 0
+      ? reinterpret_cast<uint32_t*>(norms + ceil_div(params.groups, 4) * 4)
+      : params.keys + task * ceil_div(params.clusters, 4) * 4 + first;
+  const bool quads = params.groups % 4 == 0;
+  constexpr int kAhead = 8;  // scores of a thread that are under way
+  float4 logits[kAhead];
+  int2 ends[kAhead];
+  const auto fetch = [&](int start) {
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int i = start + thread + k * kSelectThreads;
+      if (i >= count) continue;
+      ends[k] = make_int2(offsets[i], offsets[i + 1]);
+      if (quads) logits[k] = *reinterpret_cast<const float4*>(ranked + i * params.groups);
+    }
+  };
+  fetch(0);
   for (int64_t g = warp; g < params.groups; g += kSelectWarps) {
     const float2* sums = params.sums + task * params.score_blocks * params.groups + g;
     float2 all = make_float2(-INFINITY, 0.0f);
@@ -468,38 +533,28 @@ __global__ void __launch_bounds__(kSelectThreads)
       const float top = fmaxf(all.x, own.x), origin = top == -INFINITY ? 0.0f : top;
       all = make_float2(top, all.y * exp2_of(all.x - origin) + own.y * exp2_of(own.x - origin));
     }
-    if (lane == 0) norms[g] = all.x + log2f(all.y);
+    if (lane == 0) norms[g] = all.x + log2_of(all.y);
   }
   __syncthreads();
-
-  // Sort keys of this block's share of the clusters, a multiple of four for each thread.
-  const int64_t per_thread = ceil_div(live, static_cast<int64_t>(blocks) * kSelectThreads * 4) * 4;
-  const int64_t first = block * per_thread * kSelectThreads;
-  const int64_t rest = live - first;
-  const int count = static_cast<int>(
-      rest < 0 ? 0 : rest < per_thread * kSelectThreads ? rest : per_thread * kSelectThreads);
-  const int32_t* offsets = params.offsets + task * (params.clusters + 1) + first;
-  const float* ranked = params.ranked + (task * params.clusters + first) * params.groups;
-  uint32_t* keys = keys_in_shared != 0
-      ? reinterpret_cast<uint32_t*>(norms + ceil_div(params.groups, 4) * 4)
-      : params.keys + task * ceil_div(params.clusters, 4) * 4 + first;
-  const bool quads = params.groups % 4 == 0;
-#pragma unroll 2
-  for (int i = thread; i < count; i += kSelectThreads) {
-    float score = 0.0f;
-    const float* own = ranked + static_cast<int64_t>(i) * params.groups;
-    if (quads) {
-      for (int64_t g = 0; g < params.groups; g += 4) {
-        const float4 logits = *reinterpret_cast<const float4*>(own + g);
-        score += exp2_of(logits.x - norms[g]) + exp2_of(logits.y - norms[g + 1]) +
-            exp2_of(logits.z - norms[g + 2]) + exp2_of(logits.w - norms[g + 3]);
+  for (int start = 0; start < count; start += kAhead * kSelectThreads) {
+    if (start > 0) fetch(start);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int i = start + thread + k * kSelectThreads;
+      if (i >= count) continue;
+      float score = 0.0f;
+      const float* own = ranked + i * params.groups;
+      if (quads) {
+        score = exp2_of(logits[k].x - norms[0]) + exp2_of(logits[k].y - norms[1]) +
+            exp2_of(logits[k].z - norms[2]) + exp2_of(logits[k].w - norms[3]);
       }
-    } else {
-      for (int64_t g = 0; g < params.groups; ++g) score += exp2_of(own[g] - norms[g]);
+      for (int64_t g = quads ? 4 : 0; g < params.groups; ++g) {
+        score += exp2_of(own[g] - norms[g]);
+      }
+      const uint32_t key = sort_key(score, ends[k].y - ends[k].x);
+      keys[i] = key;
+      atomicAdd(&shared.counts[0][0][key >> 21], 1u);
     }
-    const uint32_t key = sort_key(score, offsets[i + 1] - offsets[i]);
-    keys[i] = key;
-    atomicAdd(&shared.counts[0][0][key >> 21], 1u);
   }
   refine(shared, cluster, blocks, 0, 11);
   {
@@ -561,7 +616,10 @@ __global__ void __launch_bounds__(kSelectThreads)
   less[1] = static_cast<uint32_t>(less_before >> 32);
   equal[0] = static_cast<uint32_t>(equal_before);
   equal[1] = static_cast<uint32_t>(equal_before >> 32);
-  uint64_t* order = params.order + task * params.order_capacity;
+  // A single block keeps the retrieved clusters where its first counts were.
+  const bool local = blocks == 1 && retrieved <= kCountedRanks;
+  uint64_t* entries = reinterpret_cast<uint64_t*>(&shared.counts[0][0][0]);
+  uint64_t* order = local ? entries : params.order + task * params.order_capacity;
   int32_t* estimated_ids = choice.estimated + task * params.clusters;
   for_each_key([&](int i, uint32_t key) {
     const bool is_near = key < near.key || (key == near.key && equal[0] < near.equals);
@@ -573,7 +631,7 @@ __global__ void __launch_bounds__(kSelectThreads)
     count_key(key);
   });
   if (block == 0 && thread == 0) choice.estimated_counts[task] = static_cast<int32_t>(estimated);
-  __threadfence();
+  if (!local) __threadfence();
   cluster.sync();
 
   // The retrieved clusters by rank.
@@ -581,6 +639,8 @@ __global__ void __launch_bounds__(kSelectThreads)
   int32_t* before =
       choice.before == nullptr ? nullptr : choice.before + task * (params.max_retrieved + 1);
   int32_t* shift = choice.before == nullptr ? nullptr : choice.shift + task * params.max_retrieved;
+  int32_t* rank_tokens = local ? reinterpret_cast<int32_t*>(&shared.counts[1][0][0]) : before + 1;
+  int32_t* rank_slots = local ? rank_tokens + kCountedRanks : shift;
   const int32_t* all_offsets = params.offsets + task * (params.clusters + 1);
   const auto place_rank = [&](int64_t rank, uint64_t entry) {
     const int64_t id = static_cast<int64_t>(entry & 0xffffffffu);
@@ -589,15 +649,16 @@ __global__ void __launch_bounds__(kSelectThreads)
     // An index in disorder must not lead outside the store.
     const int64_t slot = all_offsets[id], tokens = all_offsets[id + 1] - slot;
     const bool inside = slot >= 0 && tokens >= 0 && slot + tokens <= choice.store_capacity;
-    before[rank + 1] = inside ? static_cast<int32_t>(tokens) : 0;
-    shift[rank] = static_cast<int32_t>(slot);
+    rank_tokens[rank] = inside ? static_cast<int32_t>(tokens) : 0;
+    rank_slots[rank] = static_cast<int32_t>(slot);
   };
   const int64_t all_threads = static_cast<int64_t>(blocks) * kSelectThreads;
   const int64_t own_thread = static_cast<int64_t>(block) * kSelectThreads + thread;
   if (retrieved <= kCountedRanks) {
-    uint64_t* entries = reinterpret_cast<uint64_t*>(&shared.counts[0][0][0]);
-    for (int64_t i = thread; i < retrieved; i += kSelectThreads) entries[i] = __ldcg(order + i);
-    __syncthreads();
+    if (!local) {
+      for (int64_t i = thread; i < retrieved; i += kSelectThreads) entries[i] = __ldcg(order + i);
+      __syncthreads();
+    }
     const int part = thread % kLanesPerRank;
     for (int64_t item = own_thread / kLanesPerRank;; item += all_threads / kLanesPerRank) {
       if (item - lane / kLanesPerRank >= retrieved) break;  // alike in a warp
@@ -639,20 +700,20 @@ __global__ void __launch_bounds__(kSelectThreads)
     cluster.sync();  // others may still read this block's shared memory
     return;
   }
-  __threadfence();
+  if (!local) __threadfence();
   cluster.sync();
   if (block != 0) return;
   uint32_t sum = 0;
   for (int64_t start = 0; start < params.max_retrieved; start += kSelectThreads) {
     const int64_t rank = start + thread;
-    const uint32_t tokens =
-        rank < retrieved ? static_cast<uint32_t>(__ldcg(before + rank + 1)) : 0;
+    const uint32_t tokens = rank < retrieved ? static_cast<uint32_t>(rank_tokens[rank]) : 0;
+    const int32_t slot = rank < retrieved ? rank_slots[rank] : 0;
     uint64_t total;
     const uint32_t behind =
         sum + static_cast<uint32_t>(sum_before(tokens, shared.warp_totals, total));
     if (rank < params.max_retrieved) {
       before[rank + 1] = static_cast<int32_t>(behind + tokens);
-      shift[rank] = rank < retrieved ? __ldcg(shift + rank) - static_cast<int32_t>(behind) : 0;
+      shift[rank] = slot - static_cast<int32_t>(behind);
     }
     sum += static_cast<uint32_t>(total);
   }
