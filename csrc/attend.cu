@@ -10,13 +10,12 @@ constexpr int kAttendWarps = 4;
 constexpr int kAttendThreads = kAttendWarps * 32;
 // Ranks whose places fit beside the tiles of three blocks on one processor.
 constexpr int64_t kRanksInShared = 1280;
-// Of a processor's blocks, three read tokens for each that reads centroids: at the default budgets
-// that is the proportion of their bytes.
-constexpr int64_t kPiecesPerEstimatePiece = 4;
 constexpr int64_t kBlocksPerProcessor = 2;
 // Where there are more (row, head) pairs than that gives pieces: rows differ, and a processor that is done
 // early takes another piece.
-constexpr int64_t kFewestPieces = 16;
+constexpr int64_t kFewestPieces = 12;
+// Of the bytes that attention reads at the default budgets, centroids are about a fourth.
+constexpr int64_t kEstimatePercent = 27;
 
 // Sizes of one warp's tile. A warp reads rows in the order in which its lanes feed the matrix units:
 // lane 4 r + j holds of keys r and r + 8 every fourth chunk from j, and of values 2 j, 2 j + 1, 2 j + 8,
@@ -41,7 +40,7 @@ struct Shape {
 };
 
 struct Place {
-  int64_t task, b, h, first_query;  // (row, head), and where its query tile begins
+  int32_t task, b, h, first_query;  // (row, head), and where its query tile begins
   int32_t queries;                  // of the tile
   int32_t piece, pieces;
 };
@@ -288,20 +287,41 @@ struct Queries {
   }
 };
 
-// One warp's walk over the tiles of a piece; the copies of later tiles are under way meanwhile.
+// Rows of one (row, head) in two places: the steady zone, and the store or the centroids.
+template <typename T>
+struct TwoPlaces {
+  const T* near;
+  const T* far;
+  int64_t near_stride, far_stride;
+
+  // A slot of the far place, or -2 - slot of the near one; for -1 any row, which is not read.
+  __device__ __forceinline__ const uint4* row(int32_t at) const {
+    const T* start = at < -1 ? near : far;
+    const int64_t stride = at < -1 ? near_stride : far_stride;
+    const int32_t slot = at < -1 ? -2 - at : at < 0 ? 0 : at;
+    return reinterpret_cast<const uint4*>(start + slot * stride);
+  }
+};
+
+// One warp's walk over the tiles of a piece; the copies of later tiles are under way meanwhile. Every part
+// stands in the code once: at batch 1 most of it runs once or twice, and fetching it takes its time.
 template <typename T, int kGroups, int kQueryTiles>
 struct Walker {
   using S = Shape<T, kGroups, kQueryTiles>;
-  const AttendParams& params;
-  const Place& place;
+  TwoPlaces<T> keys, values;
   char* memory;  // of this warp
-  int warp, lane;
-  int row_chunks;
-  int64_t steady_tokens, tokens;
+  int lane, row_chunks;
+  bool estimates;
+  int32_t rows;  // tokens, or clusters to estimate
+  // Tokens.
+  int32_t steady_tokens, ranks;
+  int32_t rank;           // of the token that was found last
   const int32_t* before;  // in shared memory, if they fit
   const int32_t* shift;
-  int32_t estimated;
-  int32_t rank;  // of the token that was found last
+  // Clusters.
+  const int32_t* ids;
+  const float* masses;  // of the first query of this block
+  int32_t groups, queries;
 
   __device__ __forceinline__ uint4* values_at(int stage) const {
     return reinterpret_cast<uint4*>(memory + stage * S::kTileBytes);
@@ -313,14 +333,16 @@ struct Walker {
     return reinterpret_cast<float*>(keys_at(stage));
   }
 
-  // Where token v lies: a slot of the store, or -2 - slot of the steady zone; -1: nowhere.
-  __device__ __forceinline__ int32_t find(int64_t v) {
-    if (v < steady_tokens) return -2 - static_cast<int32_t>(v);
-    if (v >= tokens) return -1;
-    const int32_t u = static_cast<int32_t>(v - steady_tokens);
+  // Where row v lies; -1: nowhere.
+  __device__ __forceinline__ int32_t find(int32_t v) {
+    if (v >= rows) return -1;
+    if (estimates) return ids[v];
+    if (v < steady_tokens) return -2 - v;
+    const int32_t u = v - steady_tokens;
     if (rank < 0) {
-      int32_t high = static_cast<int32_t>(params.retrieved.clusters);
+      int32_t high = ranks;
       rank = 0;
+#pragma unroll 1
       while (high - rank > 1) {
         const int32_t middle = (rank + high) / 2;
         if (before[middle] <= u) rank = middle;
@@ -328,99 +350,71 @@ struct Walker {
       }
     }
     // A lane's tokens come in their order, a few ranks apart.
+#pragma unroll 1
     while (before[rank + 1] <= u) ++rank;
     return shift[rank] + u;
   }
 
-  __device__ __forceinline__ const T* token_row(
-      const Rows& steady, const Rows& store, int32_t at) const {
-    if (at >= 0) return store.row<const T>(place.b, place.h, at);
-    return steady.row<const T>(place.b, place.h, at == -1 ? 0 : -2 - at);
-  }
-
-  __device__ __forceinline__ void copy_values(int stage, int i, const T* row, bool valid) const {
-    const int r = lane / 4;
-#pragma unroll
-    for (int c = 0; c < S::kValueGroups; ++c) {
-      const int chunk = 8 * c + r;
-      const bool inside = valid && chunk < row_chunks;
-      copy_async(
-          values_at(stage) + (i * S::kValueGroups + c) * 32 + lane,
-          reinterpret_cast<const uint4*>(row) + (inside ? chunk : 0), inside);
-    }
-  }
-
-  __device__ __forceinline__ void copy_tokens(int stage, int64_t tile) {
+  __device__ __forceinline__ void copy(int stage, int32_t tile) {
     const int r = lane / 4, j = lane % 4;
     const int32_t at = find(tile * kTileTokens + lane % kTileTokens);
+    if (estimates) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int32_t own = __shfl_sync(kAllLanes, at, r + 8 * i);
-      const T* row = token_row(params.steady_keys, params.store_keys, own);
+      for (int i = 0; i < 2; ++i) {
+        const int32_t own = __shfl_sync(kAllLanes, at, r + 8 * i);
+        const float* from = masses + static_cast<int64_t>(own < 0 ? 0 : own) * groups;
 #pragma unroll
-      for (int c = 0; c < kGroups; ++c) {
-        const int chunk = 4 * c + j;
-        const bool inside = own != -1 && chunk < row_chunks;
-        copy_async(
-            keys_at(stage) + (i * kGroups + c) * 32 + lane,
-            reinterpret_cast<const uint4*>(row) + (inside ? chunk : 0), inside);
+        for (int n = 0; n < kQueryTiles; ++n) {
+#pragma unroll
+          for (int x = 0; x < 2; ++x) {
+            const int query = 8 * n + 2 * j + x;
+            const bool inside = own >= 0 && query < queries;
+            copy_async_word(
+                masses_at(stage) + (n * 4 + 2 * i + x) * 32 + lane, from + (inside ? query : 0),
+                inside);
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int32_t own = __shfl_sync(kAllLanes, at, r + 8 * i);
+        const uint4* row = keys.row(own);
+#pragma unroll
+        for (int c = 0; c < kGroups; ++c) {
+          const int chunk = 4 * c + j;
+          copy_async(
+              keys_at(stage) + (i * kGroups + c) * 32 + lane, row + chunk,
+              own != -1 && chunk < row_chunks);
+        }
       }
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int32_t own = __shfl_sync(kAllLanes, at, 2 * j + i % 2 + i / 2 * 8);
-      copy_values(stage, i, token_row(params.steady_values, params.store_values, own), own != -1);
-    }
-  }
-
-  __device__ __forceinline__ void copy_clusters(int stage, int64_t tile) const {
-    const int r = lane / 4, j = lane % 4;
-    const EstimatedClusters& clusters = params.estimated;
-    const int64_t e = tile * kTileTokens + lane % kTileTokens;
-    const int32_t id = e < estimated ? clusters.ids[place.task * clusters.clusters + e] : -1;
+      const uint4* row = values.row(own);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int32_t own = __shfl_sync(kAllLanes, id, 2 * j + i % 2 + i / 2 * 8);
-      const int32_t safe = own < 0 ? 0 : own;
-      copy_values(
-          stage, i, clusters.centroid_values.row<const T>(place.b, place.h, safe), own >= 0);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int32_t own = __shfl_sync(kAllLanes, id, r + 8 * i);
-      const int64_t first =
-          (place.task * clusters.clusters + (own < 0 ? 0 : own)) * params.groups + place.first_query;
-#pragma unroll
-      for (int n = 0; n < kQueryTiles; ++n) {
-#pragma unroll
-        for (int x = 0; x < 2; ++x) {
-          const int query = 8 * n + 2 * j + x;
-          const bool inside = own >= 0 && query < place.queries;
-          copy_async_word(
-              masses_at(stage) + (n * 4 + 2 * i + x) * 32 + lane,
-              clusters.log2_mass + first + (inside ? query : 0), inside);
-        }
+      for (int c = 0; c < S::kValueGroups; ++c) {
+        const int chunk = 8 * c + r;
+        copy_async(
+            values_at(stage) + (i * S::kValueGroups + c) * 32 + lane, row + chunk,
+            own != -1 && chunk < row_chunks);
       }
     }
   }
 
-  template <bool kEstimate, typename Use>
-  __device__ __forceinline__ void walk(int64_t first, int64_t last, const Use& use) {
-    const auto copy = [&](int stage, int64_t tile) {
-      if (tile < last) {
-        if constexpr (kEstimate) copy_clusters(stage, tile);
-        else copy_tokens(stage, tile);
-      }
+  // Calls use(stage, tile) for every kAttendWarps-th tile from `first`.
+  template <typename Use>
+  __device__ __forceinline__ void walk(int32_t first, int32_t last, const Use& use) {
+    int stage = 0, ahead_stage = 0;
+#pragma unroll 1
+    for (int32_t ahead = first;; ahead += kAttendWarps) {
+      const int32_t tile = ahead - (S::kStages - 1) * kAttendWarps;
+      if (tile >= last) break;
+      if (ahead < last) copy(ahead_stage, ahead);
       commit_copies();
-    };
-    int64_t tile = first + warp;
-#pragma unroll
-    for (int stage = 0; stage < S::kStages - 1; ++stage) copy(stage, tile + stage * kAttendWarps);
-    int stage = 0;
-    for (; tile < last; tile += kAttendWarps) {
-      int ahead = stage + S::kStages - 1;
-      if (ahead >= S::kStages) ahead -= S::kStages;
-      copy(ahead, tile + (S::kStages - 1) * kAttendWarps);
+      if (++ahead_stage == S::kStages) ahead_stage = 0;
+      if (tile < first) continue;
       wait_for_copies<S::kStages - 1>();
       __syncwarp();
       use(stage, tile);
@@ -432,7 +426,7 @@ struct Walker {
   }
 };
 
-// Softmax states of `count` pieces from `first`, merged for one query and one element.
+// The softmax state of several pieces for one query.
 struct Merged {
   float largest, mass;
 };
@@ -462,18 +456,22 @@ __device__ void merge_pieces(
   float* factors = reinterpret_cast<float*>(sums + pieces * queries_of_tile);  // the same
   Merged* merged = reinterpret_cast<Merged*>(factors + pieces * queries_of_tile);  // [2, queries]
   const float2* from = params.sums + tile * pieces * queries_of_tile;
+#pragma unroll 2
   for (int i = thread; i < pieces * queries_of_tile; i += kAttendThreads) sums[i] = __ldcg(from + i);
   __syncthreads();
+#pragma unroll 1
   for (int i = thread; i < 2 * queries_of_tile; i += kAttendThreads) {
     const int query = i % queries_of_tile;
     const bool estimates = i >= queries_of_tile;
     const int first = estimates ? params.exact_pieces : 0;
     const int last = estimates ? pieces : params.exact_pieces;
     Merged state = {-INFINITY, 0.0f};
+#pragma unroll 4
     for (int p = first; p < last; ++p) {
       state.largest = fmaxf(state.largest, sums[p * queries_of_tile + query].x);
     }
     const float origin = state.largest == -INFINITY ? 0.0f : state.largest;
+#pragma unroll 4
     for (int p = first; p < last; ++p) {
       const float2 own = sums[p * queries_of_tile + query];
       const float factor = own.y == 0.0f ? 0.0f : exp2_of(own.x - origin);
@@ -486,11 +484,17 @@ __device__ void merge_pieces(
   const int quads = static_cast<int>(params.head_dim) / 4;
   const float4* values = reinterpret_cast<const float4*>(params.values) +
       tile * pieces * queries_of_tile * quads;
+#pragma unroll 1
   for (int i = thread; i < place.queries * quads; i += kAttendThreads) {
     const int query = i / quads, quad = i % quads;
-    const auto sum_of = [&](int first, int last) {
-      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 16
+    float4 estimate, sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {  // clusters, then tokens
+      estimate = sum;
+      sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      const int first = part == 0 ? params.exact_pieces : 0;
+      const int last = part == 0 ? pieces : params.exact_pieces;
+#pragma unroll 8
       for (int p = first; p < last; ++p) {
         const float factor = factors[p * queries_of_tile + query];
         const float4 own = __ldcg(values + (p * queries_of_tile + query) * quads + quad);
@@ -499,17 +503,14 @@ __device__ void merge_pieces(
         sum.z += factor * own.z;
         sum.w += factor * own.w;
       }
-      return sum;
-    };
-    const int64_t q = place.task * params.groups + place.first_query + query;
+    }
+    const int64_t q = static_cast<int64_t>(place.task) * params.groups + place.first_query + query;
     const Merged exact = merged[query], guess = merged[queries_of_tile + query];
-    float4 estimate = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     float estimate_lse = -INFINITY;
     if (params.given_estimate != nullptr) {
       estimate = reinterpret_cast<const float4*>(params.given_estimate)[q * quads + quad];
       estimate_lse = params.given_estimate_lse[q];
     } else if (guess.mass > 0.0f) {
-      estimate = sum_of(params.exact_pieces, pieces);
       const float inverse = 1.0f / guess.mass;
       estimate.x *= inverse, estimate.y *= inverse, estimate.z *= inverse, estimate.w *= inverse;
       estimate_lse = (guess.largest + log2_of(guess.mass)) * kLn2;
@@ -519,7 +520,6 @@ __device__ void merge_pieces(
       if (quad == 0) params.estimate_lse[q] = estimate_lse;
       continue;
     }
-    const float4 sum = sum_of(0, params.exact_pieces);
     float keep, add;
     const float lse = merge_weights(exact, estimate_lse, keep, add);
     // An estimate of weight 0 may hold anything.
@@ -547,95 +547,117 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
 
   Place place;
   place.pieces = params.exact_pieces + params.estimate_pieces;
-  const int64_t tile = blockIdx.x / place.pieces;  // of queries
-  const int64_t query_tiles = ceil_div(params.groups, S::kQueries);
-  place.piece = static_cast<int32_t>(blockIdx.x % place.pieces);
+  const int32_t tile = static_cast<int32_t>(blockIdx.x) / place.pieces;  // of queries
+  const int32_t groups = static_cast<int32_t>(params.groups), heads = static_cast<int32_t>(params.heads);
+  const int32_t query_tiles = (groups + S::kQueries - 1) / S::kQueries;
+  place.piece = static_cast<int32_t>(blockIdx.x) - tile * place.pieces;
   place.task = tile / query_tiles;
-  place.b = place.task / params.heads;
-  place.h = place.task % params.heads;
-  place.first_query = tile % query_tiles * S::kQueries;
-  place.queries = static_cast<int32_t>(
-      params.groups - place.first_query < S::kQueries ? params.groups - place.first_query
-                                                      : S::kQueries);
+  place.b = place.task / heads;
+  place.h = place.task - place.b * heads;
+  place.first_query = (tile - place.task * query_tiles) * S::kQueries;
+  place.queries = min(groups - place.first_query, S::kQueries);
   char* memory = reinterpret_cast<char*>(shared);
   char* behind = memory + kAttendWarps * S::kWarpBytes;
-  wait_for_predecessor();
 
-  Walker<T, kGroups, kQueryTiles> walker{
-      params, place, memory + warp * S::kWarpBytes, warp, lane,
-      static_cast<int>(params.head_dim) / S::kElements, 0, 0, nullptr, nullptr, 0, -1};
+  Walker<T, kGroups, kQueryTiles> walker;
+  walker.memory = memory + warp * S::kWarpBytes;
+  walker.lane = lane;
+  walker.row_chunks = static_cast<int>(params.head_dim) / S::kElements;
+  walker.estimates = place.piece >= params.exact_pieces;
+  walker.rank = -1;
+  walker.groups = groups;
+  walker.queries = place.queries;
   WarpState<T, kGroups, kQueryTiles> state;
   state.clear();
-  if (place.piece < params.exact_pieces) {
-    const int64_t ranks = params.retrieved.clusters;
-    const int32_t* before = params.retrieved.before + place.task * (ranks + 1);
-    const int32_t* shift = params.retrieved.shift + place.task * ranks;
-    Queries<T, kGroups, kQueryTiles> queries;
+  Queries<T, kGroups, kQueryTiles> queries;
+  wait_for_predecessor();
+
+  int32_t piece = place.piece, pieces = params.exact_pieces;
+  if (walker.estimates) {
+    const EstimatedClusters& clusters = params.estimated;
+    piece -= params.exact_pieces;
+    pieces = params.estimate_pieces;
+    walker.rows = clusters.counts[place.task];
+    walker.ids = clusters.ids + place.task * clusters.clusters;
+    walker.masses = clusters.log2_mass + place.task * clusters.clusters * groups + place.first_query;
+    walker.values = {
+        nullptr, clusters.centroid_values.row<const T>(place.b, place.h, 0), 0,
+        clusters.centroid_values.stride_t};
+  } else {
+    const int32_t ranks = static_cast<int32_t>(params.retrieved.clusters);
+    const int64_t first_rank = static_cast<int64_t>(place.task) * ranks;
+    const int32_t* before = params.retrieved.before + first_rank + place.task;
+    const int32_t* shift = params.retrieved.shift + first_rank;
     queries.load(params, place, reinterpret_cast<float*>(behind), lane);
     if constexpr (!kMatrix<T>) behind += S::kQueries * S::kPadded * sizeof(float);
     walker.before = before;
     walker.shift = shift;
+    walker.ranks = ranks;
     if (ranks <= kRanksInShared) {
       int32_t* copied = reinterpret_cast<int32_t*>(behind);
-      for (int64_t i = thread; i <= ranks; i += kAttendThreads) copied[i] = before[i];
-      for (int64_t i = thread; i < ranks; i += kAttendThreads) copied[ranks + 1 + i] = shift[i];
+#pragma unroll 1
+      for (int i = thread; i <= ranks; i += kAttendThreads) {
+        copied[i] = before[i];
+        if (i < ranks) copied[ranks + 1 + i] = shift[i];
+      }
       walker.before = copied;
       walker.shift = copied + ranks + 1;
     }
-    int64_t steady = params.counters[place.b * kCounters + kSteadyTokens];
-    steady = steady < 0 ? 0 : steady;
-    walker.steady_tokens = steady < params.steady_capacity ? steady : params.steady_capacity;
-    walker.tokens = walker.steady_tokens + before[ranks];
+    const int64_t steady = params.counters[place.b * kCounters + kSteadyTokens];
+    walker.steady_tokens = static_cast<int32_t>(
+        steady < 0 ? 0 : steady < params.steady_capacity ? steady : params.steady_capacity);
+    walker.rows = walker.steady_tokens + before[ranks];
+    walker.keys = {
+        params.steady_keys.row<const T>(place.b, place.h, 0),
+        params.store_keys.row<const T>(place.b, place.h, 0), params.steady_keys.stride_t,
+        params.store_keys.stride_t};
+    walker.values = {
+        params.steady_values.row<const T>(place.b, place.h, 0),
+        params.store_values.row<const T>(place.b, place.h, 0), params.steady_values.stride_t,
+        params.store_values.stride_t};
     __syncthreads();
-    const int64_t tiles = ceil_div(walker.tokens, kTileTokens);
-    const float scale2 = params.scale * kLog2e;
-    walker.template walk<false>(
-        tiles * place.piece / params.exact_pieces, tiles * (place.piece + 1) / params.exact_pieces,
-        [&](int stage, int64_t t) {
-          float logits[kQueryTiles][4];
-          queries.score(walker.keys_at(stage), lane, logits);
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const bool valid = t * kTileTokens + lane / 4 + 8 * i < walker.tokens;
-#pragma unroll
-            for (int n = 0; n < kQueryTiles; ++n) {
-#pragma unroll
-              for (int x = 0; x < 2; ++x) {
-                float& logit = logits[n][2 * i + x];
-                logit = valid ? logit * scale2 : -INFINITY;
-              }
-            }
-          }
-          state.add(logits, walker.values_at(stage), lane);
-        });
-  } else {
-    walker.estimated = params.estimated.counts[place.task];
-    const int64_t tiles = ceil_div(walker.estimated, kTileTokens);
-    const int64_t piece = place.piece - params.exact_pieces;
-    walker.template walk<true>(
-        tiles * piece / params.estimate_pieces, tiles * (piece + 1) / params.estimate_pieces,
-        [&](int stage, int64_t t) {
-          float logits[kQueryTiles][4];
+  }
+  const int64_t tiles = (walker.rows + kTileTokens - 1) / kTileTokens;
+  const float scale2 = params.scale * kLog2e;
+  walker.walk(
+      static_cast<int32_t>(tiles * piece / pieces) + warp,
+      static_cast<int32_t>(tiles * (piece + 1) / pieces), [&](int stage, int32_t t) {
+        float logits[kQueryTiles][4];
+        if (walker.estimates) {
 #pragma unroll
           for (int n = 0; n < kQueryTiles; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const bool valid = t * kTileTokens + lane / 4 + i / 2 * 8 < walker.estimated &&
-                  8 * n + 2 * (lane % 4) + i % 2 < place.queries;
-              const float mass = walker.masses_at(stage)[(n * 4 + i) * 32 + lane];
-              logits[n][i] = valid ? mass : -INFINITY;
+              logits[n][i] = walker.masses_at(stage)[(n * 4 + i) * 32 + lane];
+              if (8 * n + 2 * (lane % 4) + i % 2 >= place.queries) logits[n][i] = -INFINITY;
             }
           }
-          state.add(logits, walker.values_at(stage), lane);
-        });
-  }
+        } else {
+          queries.score(walker.keys_at(stage), lane, logits);
+#pragma unroll
+          for (int n = 0; n < kQueryTiles; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) logits[n][i] *= scale2;
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (t * kTileTokens + lane / 4 + 8 * i < walker.rows) continue;
+#pragma unroll
+          for (int n = 0; n < kQueryTiles; ++n) {
+            logits[n][2 * i] = logits[n][2 * i + 1] = -INFINITY;
+          }
+        }
+        state.add(logits, walker.values_at(stage), lane);
+      });
   state.store(reinterpret_cast<float*>(memory + warp * S::kWarpBytes), warp_sums[warp], lane);
   __syncthreads();
 
   // The states of the warps become that of the piece.
-  const int64_t first_sum = (tile * place.pieces + place.piece) * S::kQueries;
+  const int64_t first_sum = (static_cast<int64_t>(tile) * place.pieces + place.piece) * S::kQueries;
   const int quads = static_cast<int>(params.head_dim) / 4;
   float4* values = reinterpret_cast<float4*>(params.values) + first_sum * quads;
+#pragma unroll 1
   for (int i = thread; i < place.queries * quads; i += kAttendThreads) {
     const int query = i / quads, quad = i % quads;
     float top = -INFINITY;
@@ -712,7 +734,7 @@ int64_t pieces_per_task(int64_t tasks, int64_t processors) {
 
 int32_t estimate_piece_count(int64_t tasks, int64_t processors) {
   return static_cast<int32_t>(
-      std::max<int64_t>(pieces_per_task(tasks, processors) / kPiecesPerEstimatePiece, 1));
+      (pieces_per_task(tasks, processors) * kEstimatePercent + 50) / 100);
 }
 
 int32_t exact_piece_count(int64_t tasks, int64_t processors) {

@@ -14,12 +14,14 @@ namespace groups_of_threads = cooperative_groups;
 constexpr int kScoreThreads = 256;
 constexpr int kScoreWarps = kScoreThreads / 32;
 constexpr int kTileClusters = 16;  // rows of a matrix instruction
-constexpr int kWarpTiles = 2;      // all under way at once: 8 KB a warp at head_dim 128
-constexpr int64_t kBlockClusters = kScoreWarps * kWarpTiles * kTileClusters;
-constexpr int64_t kEarlyBlocks = 264;  // that find room at once, two to a processor
+// Blocks on a processor. As many (row, head) pairs as there may be, all blocks find room at once, and each
+// of their warps goes through tiles to its end.
+constexpr int64_t kScoreBlocks = 2;
 
 struct ScoreParams {
   int64_t heads, groups, head_dim, clusters;
+  int32_t warp_tiles;
+  uint32_t early_blocks;  // that find room at once
   Rows query, centroid_keys;
   const int32_t* offsets;    // [B, Hkv, C + 1]
   const float* variances;    // [B, Hkv, C]
@@ -34,14 +36,20 @@ struct ScoreParams {
   int64_t ticket_count;
 };
 
+// Tiles of a warp in shared memory, by the groups of four chunks in a row.
+RETRO_HOST_DEVICE constexpr int score_stages(int groups) { return groups <= 4 ? 3 : groups <= 8 ? 2 : 1; }
+
 // Logits, base 2, of the clusters of a block, their masses, and their sum for each query. Rows lie over
-// the lanes as in attention: lane 4 r + j reads every fourth chunk from j of clusters r and r + 8, and
-// gets the products of these with queries 2 j and 2 j + 1.
+// the lanes as in attention: lane 4 r + j copies every fourth chunk from j of clusters r and r + 8 into
+// shared memory, where only it reads them, and gets the products with queries 2 j and 2 j + 1.
 template <typename T, int kGroups, int kQueryTiles>
-__global__ void __launch_bounds__(kScoreThreads, kQueryTiles == 1 && kGroups <= 4 ? 2 : 1)
+__global__ void __launch_bounds__(kScoreThreads, kGroups <= 4 && kQueryTiles == 1 ? 2 : 1)
     score_kernel(const __grid_constant__ ScoreParams params) {
   constexpr int kElements = kChunk<T>;
   constexpr int kQueries = 8 * kQueryTiles;
+  constexpr int kStages = score_stages(kGroups);
+  constexpr int kTileChunks = 2 * kGroups * 32;
+  extern __shared__ uint4 shared[];
   __shared__ float2 warp_sums[kScoreWarps][kQueries];
   __shared__ float spreads_of[kQueries];
   __shared__ float rows[kMatrix<T> ? 1 : kQueries * kGroups * 4 * kElements];
@@ -49,67 +57,75 @@ __global__ void __launch_bounds__(kScoreThreads, kQueryTiles == 1 && kGroups <= 
   const int r = lane / 4, j = lane % 4;
   release_successor();
 
-  const int64_t query_tiles = ceil_div(params.groups, kQueries);
-  const int64_t task = blockIdx.y / query_tiles, b = task / params.heads, h = task % params.heads;
-  const int64_t first_query = blockIdx.y % query_tiles * kQueries;
-  const int queries = static_cast<int>(
-      params.groups - first_query < kQueries ? params.groups - first_query : kQueries);
-  const int64_t first = blockIdx.x * kBlockClusters;
+  const int groups = static_cast<int>(params.groups), heads = static_cast<int>(params.heads);
+  const int query_tiles = (groups + kQueries - 1) / kQueries;
+  const int tile_task = static_cast<int>(blockIdx.y) / query_tiles;
+  const int64_t task = tile_task;
+  const int b = tile_task / heads, h = tile_task - b * heads;
+  const int first_query = (static_cast<int>(blockIdx.y) - tile_task * query_tiles) * kQueries;
+  const int queries = min(groups - first_query, kQueries);
+  const int clusters = static_cast<int>(params.clusters);
   const int row_chunks = static_cast<int>(params.head_dim) / kElements;
+  const int tiles = params.warp_tiles;
+  const int first = (static_cast<int>(blockIdx.x) * kScoreWarps * tiles + warp) * kTileClusters;
+  const T* keys = params.centroid_keys.row<const T>(b, h, 0);
+  const int64_t stride = params.centroid_keys.stride_t;
+  uint4* own_tiles = shared + warp * kStages * kTileChunks;
 
-  // The index is read from L2, which is coherent: its lines may come before the predecessor has ended. Later
-  // blocks do not start before that.
-  if (blockIdx.x + static_cast<int64_t>(blockIdx.y) * gridDim.x < kEarlyBlocks) {
-    constexpr int64_t kLine = 128;
-    const int64_t row_bytes = params.head_dim * static_cast<int64_t>(sizeof(T));
-    for (int64_t c = thread; c < kBlockClusters && first + c < params.clusters; c += kScoreThreads) {
-      const char* row =
-          reinterpret_cast<const char*>(params.centroid_keys.row<const T>(b, h, first + c));
-      for (int64_t at = 0; at < row_bytes; at += kLine) prefetch_line(row + at);
+  // L2 is coherent: lines of the index may come there before the predecessor has ended.
+  if (blockIdx.x + blockIdx.y * gridDim.x < params.early_blocks) {
+#pragma unroll 1
+    for (int t = 0; t < min(tiles, kStages); ++t) {
+      const int c = first + t * kScoreWarps * kTileClusters + lane / 2;
+      if (c >= clusters) continue;
+      const char* row = reinterpret_cast<const char*>(keys + c * stride);
+#pragma unroll 1
+      for (int at = lane % 2 * 128; at < row_chunks * 16; at += 256) prefetch_line(row + at);
     }
   }
   wait_for_predecessor();
 
-  // Everything that comes from memory is asked for before anything is used.
-  uint4 keys[kMatrix<T> ? kWarpTiles : 1][2][kMatrix<T> ? kGroups : 1];
-  if constexpr (kMatrix<T>) {
-#pragma unroll
-    for (int t = 0; t < kWarpTiles; ++t) {
+  const auto copy = [&](int stage, int t) {
+    if (t < tiles) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int64_t c = first + (warp * kWarpTiles + t) * kTileClusters + r + 8 * i;
-        const uint4* row = reinterpret_cast<const uint4*>(
-            params.centroid_keys.row<const T>(b, h, c < params.clusters ? c : 0));
+        const int c = first + t * kScoreWarps * kTileClusters + r + 8 * i;
+        const uint4* row = reinterpret_cast<const uint4*>(keys + (c < clusters ? c : 0) * stride);
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
-          keys[t][i][g] = c < params.clusters && 4 * g + j < row_chunks ? row[4 * g + j]
-                                                                        : make_uint4(0, 0, 0, 0);
+          copy_async(
+              own_tiles + stage * kTileChunks + (i * kGroups + g) * 32 + lane, row + 4 * g + j,
+              c < clusters && 4 * g + j < row_chunks);
         }
       }
     }
-  }
-  int64_t live = params.counters[b * kCounters + kClusters];
-  live = live < params.clusters ? live : params.clusters;
+    commit_copies();
+  };
+#pragma unroll 1
+  for (int t = 0; t < kStages - 1; ++t) copy(t, t);
+
+  const int live =
+      static_cast<int>(min(params.counters[b * kCounters + kClusters], params.clusters));
   const int32_t* offsets = params.offsets + task * (params.clusters + 1);
-  int32_t sizes[kWarpTiles][2];
-  float variances[kWarpTiles][2];
-#pragma unroll
-  for (int t = 0; t < kWarpTiles; ++t) {
+  const float* all_variances = params.variances + task * params.clusters;
+  int32_t next_sizes[2];
+  float next_variances[2];
+  const auto load_sizes = [&](int t) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t c = first + (warp * kWarpTiles + t) * kTileClusters + r + 8 * i;
-      const bool inside = c < params.clusters;
-      sizes[t][i] = inside ? offsets[c + 1] - offsets[c] : 0;
-      variances[t][i] = inside ? params.variances[task * params.clusters + c] : 0.0f;
-      if (c >= live) sizes[t][i] = 0;
+      const int c = first + t * kScoreWarps * kTileClusters + r + 8 * i;
+      const bool inside = t < tiles && c < live;
+      next_sizes[i] = inside ? offsets[c + 1] - offsets[c] : 0;
+      next_variances[i] = inside ? all_variances[c] : 0.0f;
     }
-  }
+  };
+  load_sizes(0);
   if (blockIdx.x == 0 && blockIdx.y == 0) {
+#pragma unroll 1
     for (int64_t i = thread; i < params.ticket_count; i += kScoreThreads) params.tickets[i] = 0;
   }
 
   // Queries, and the spread of each, v_gi / variance_i, which one warp computes for all.
-  const float* residuals = params.residuals + task * params.head_dim;
   uint4 chunks[kQueryTiles][kMatrix<T> ? kGroups : 1];
 #pragma unroll
   for (int n = 0; n < kQueryTiles; ++n) {
@@ -127,9 +143,10 @@ __global__ void __launch_bounds__(kScoreThreads, kQueryTiles == 1 && kGroups <= 
       float elements[kElements];
       unpack_chunk<T>(own, elements);
       if (inside) {
+        const float* residuals = params.residuals + task * params.head_dim + chunk * kElements;
 #pragma unroll
         for (int e = 0; e < kElements; ++e) {
-          const float residual = residuals[chunk * kElements + e];
+          const float residual = residuals[e];
           total += residual;
           weighted += elements[e] * elements[e] * residual;
         }
@@ -149,61 +166,64 @@ __global__ void __launch_bounds__(kScoreThreads, kQueryTiles == 1 && kGroups <= 
     }
     const bool spreads = params.use_variance && total > 0.0f;
     if (j == 0) {
-      spreads_of[query] =
-          spreads ? 0.5f * params.scale * params.scale * weighted / total : 0.0f;
+      spreads_of[query] = spreads ? 0.5f * params.scale * params.scale * weighted / total : 0.0f;
     }
   }
   __syncthreads();
-  float spread[kQueryTiles][2];
+  float spread[kQueryTiles][2], top[kQueryTiles][2], sum[kQueryTiles][2];
 #pragma unroll
   for (int n = 0; n < kQueryTiles; ++n) {
 #pragma unroll
-    for (int x = 0; x < 2; ++x) spread[n][x] = spreads_of[8 * n + 2 * j + x];
+    for (int x = 0; x < 2; ++x) {
+      spread[n][x] = spreads_of[8 * n + 2 * j + x];
+      top[n][x] = -INFINITY;
+      sum[n][x] = 0.0f;
+    }
   }
 
-  float logits[kWarpTiles][kQueryTiles][4];
-  if constexpr (kMatrix<T>) {
-#pragma unroll
-    for (int t = 0; t < kWarpTiles; ++t) {
+  const float scale2 = params.scale * kLog2e;
+  const bool pairs = groups % 2 == 0;
+  int stage = 0, ahead = kStages - 1;
+#pragma unroll 1
+  for (int t = 0; t < tiles; ++t) {
+    copy(ahead, t + kStages - 1);
+    if (++ahead == kStages) ahead = 0;
+    const int32_t sizes[2] = {next_sizes[0], next_sizes[1]};
+    const float variances[2] = {next_variances[0], next_variances[1]};
+    load_sizes(t + 1);
+    wait_for_copies<kStages - 1>();
+    const uint4* tile = own_tiles + stage * kTileChunks;
+    if (++stage == kStages) stage = 0;
+
+    float logits[kQueryTiles][4];
+    if constexpr (kMatrix<T>) {
 #pragma unroll
       for (int n = 0; n < kQueryTiles; ++n) {
-        float(&s)[4] = logits[t][n];
-        s[0] = s[1] = s[2] = s[3] = 0.0f;
+        logits[n][0] = logits[n][1] = logits[n][2] = logits[n][3] = 0.0f;
+      }
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          const uint4 &near = keys[t][0][g], &far = keys[t][1][g], &q = chunks[n][g];
+      for (int g = 0; g < kGroups; ++g) {
+        const uint4 near = tile[g * 32 + lane], far = tile[(kGroups + g) * 32 + lane];
+#pragma unroll
+        for (int n = 0; n < kQueryTiles; ++n) {
+          float(&s)[4] = logits[n];
+          const uint4& q = chunks[n][g];
           multiply_tiles<T>(s[0], s[1], s[2], s[3], near.x, far.x, near.y, far.y, q.x, q.y);
           multiply_tiles<T>(s[0], s[1], s[2], s[3], near.z, far.z, near.w, far.w, q.z, q.w);
         }
       }
-    }
-  } else {
-#pragma unroll
-    for (int t = 0; t < kWarpTiles; ++t) {
+    } else {
       float parts[2][kQueries] = {};
-      const uint4* row[2];
-      bool inside[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t c = first + (warp * kWarpTiles + t) * kTileClusters + r + 8 * i;
-        inside[i] = c < live;
-        row[i] = reinterpret_cast<const uint4*>(
-            params.centroid_keys.row<const T>(b, h, inside[i] ? c : 0));
-      }
-#pragma unroll 4
+#pragma unroll 2
       for (int g = 0; g < kGroups; ++g) {
-        const int chunk = 4 * g + j;
         float key[2][kElements];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          unpack_chunk<T>(
-              inside[i] && chunk < row_chunks ? row[i][chunk] : make_uint4(0, 0, 0, 0), key[i]);
-        }
+        unpack_chunk<T>(tile[g * 32 + lane], key[0]);
+        unpack_chunk<T>(tile[(kGroups + g) * 32 + lane], key[1]);
 #pragma unroll
         for (int query = 0; query < kQueries; ++query) {
 #pragma unroll
           for (int e = 0; e < kElements; ++e) {
-            const float q = rows[query * kGroups * 4 * kElements + chunk * kElements + e];
+            const float q = rows[query * kGroups * 4 * kElements + (4 * g + j) * kElements + e];
             parts[0][query] += key[0][e] * q;
             parts[1][query] += key[1][e] * q;
           }
@@ -213,37 +233,31 @@ __global__ void __launch_bounds__(kScoreThreads, kQueryTiles == 1 && kGroups <= 
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int query = 0; query < kQueries; ++query) {
-          float sum = parts[i][query];
-          sum += __shfl_xor_sync(kAllLanes, sum, 1);
-          sum += __shfl_xor_sync(kAllLanes, sum, 2);
-          if (query % 8 / 2 == j) logits[t][query / 8][2 * i + query % 2] = sum;
+          float dot = parts[i][query];
+          dot += __shfl_xor_sync(kAllLanes, dot, 1);
+          dot += __shfl_xor_sync(kAllLanes, dot, 2);
+          if (query % 8 / 2 == j) logits[query / 8][2 * i + query % 2] = dot;
         }
       }
     }
-  }
 
-  const float scale2 = params.scale * kLog2e;
-  const bool pairs = params.groups % 2 == 0;
 #pragma unroll
-  for (int t = 0; t < kWarpTiles; ++t) {
+    for (int n = 0; n < kQueryTiles; ++n) {
+      const int query = 8 * n + 2 * j;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t c = first + (warp * kWarpTiles + t) * kTileClusters + r + 8 * i;
-      const int32_t size = sizes[t][i];
-#pragma unroll
-      for (int n = 0; n < kQueryTiles; ++n) {
-        const int query = 8 * n + 2 * j;
+      for (int i = 0; i < 2; ++i) {
+        const int c = first + t * kScoreWarps * kTileClusters + r + 8 * i;
         float plain[2], mass[2];
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
-          float& logit = logits[t][n][2 * i + x];
-          const float weight = static_cast<float>(size) * (1.0f + variances[t][i] * spread[n][x]);
-          plain[x] = size > 0 ? logit * scale2 : -INFINITY;
-          mass[x] = size > 0 ? logit * scale2 + log2_of(weight) : -INFINITY;
+          float& logit = logits[n][2 * i + x];
+          const float weight = static_cast<float>(sizes[i]) * (1.0f + variances[i] * spread[n][x]);
+          plain[x] = sizes[i] > 0 ? logit * scale2 : -INFINITY;
+          mass[x] = sizes[i] > 0 ? logit * scale2 + log2_of(weight) : -INFINITY;
           logit = params.use_variance ? mass[x] : plain[x];
         }
-        if (c >= params.clusters || query >= queries) continue;
-        const int64_t at = (task * params.clusters + c) * params.groups + first_query + query;
+        if (c >= clusters || query >= queries) continue;
+        const int64_t at = (task * params.clusters + c) * groups + first_query + query;
         if (pairs) {
           *reinterpret_cast<float2*>(params.log2_mass + at) = make_float2(mass[0], mass[1]);
           if (params.ranked != nullptr) {
@@ -258,61 +272,67 @@ __global__ void __launch_bounds__(kScoreThreads, kQueryTiles == 1 && kGroups <= 
           if (params.ranked != nullptr) params.ranked[at + x] = plain[x];
         }
       }
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        const float higher = fmaxf(top[n][x], fmaxf(logits[n][x], logits[n][2 + x]));
+        const float origin = higher == -INFINITY ? 0.0f : higher;
+        sum[n][x] = sum[n][x] * exp2_of(top[n][x] - origin) + exp2_of(logits[n][x] - origin) +
+            exp2_of(logits[n][2 + x] - origin);
+        top[n][x] = higher;
+      }
     }
   }
 #pragma unroll
   for (int n = 0; n < kQueryTiles; ++n) {
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
-      float top = -INFINITY;
-#pragma unroll
-      for (int t = 0; t < kWarpTiles; ++t) {
-        top = fmaxf(top, fmaxf(logits[t][n][x], logits[t][n][2 + x]));
-      }
+      float higher = top[n][x];
 #pragma unroll
       for (int step = 4; step < 32; step *= 2) {
-        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
+        higher = fmaxf(higher, __shfl_xor_sync(kAllLanes, higher, step));
       }
-      const float origin = top == -INFINITY ? 0.0f : top;
-      float sum = 0.0f;
+      float all = higher == -INFINITY ? 0.0f : sum[n][x] * exp2_of(top[n][x] - higher);
 #pragma unroll
-      for (int t = 0; t < kWarpTiles; ++t) {
-        sum += exp2_of(logits[t][n][x] - origin) + exp2_of(logits[t][n][2 + x] - origin);
-      }
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-      if (r == 0) warp_sums[warp][8 * n + 2 * j + x] = make_float2(top, sum);
+      for (int step = 4; step < 32; step *= 2) all += __shfl_xor_sync(kAllLanes, all, step);
+      if (r == 0) warp_sums[warp][8 * n + 2 * j + x] = make_float2(higher, all);
     }
   }
   __syncthreads();
   if (thread < queries) {
     float2 all = warp_sums[0][thread];
-#pragma unroll
+#pragma unroll 1
     for (int w = 1; w < kScoreWarps; ++w) {
       const float2 own = warp_sums[w][thread];
-      const float top = fmaxf(all.x, own.x), origin = top == -INFINITY ? 0.0f : top;
-      all = make_float2(top, all.y * exp2_of(all.x - origin) + own.y * exp2_of(own.x - origin));
+      const float higher = fmaxf(all.x, own.x), origin = higher == -INFINITY ? 0.0f : higher;
+      all = make_float2(higher, all.y * exp2_of(all.x - origin) + own.y * exp2_of(own.x - origin));
     }
-    params.sums[(task * gridDim.x + blockIdx.x) * params.groups + first_query + thread] = all;
+    params.sums[(task * gridDim.x + blockIdx.x) * groups + first_query + thread] = all;
   }
 }
 
+int64_t warp_tiles_of(int64_t clusters, int64_t tasks, int64_t processors) {
+  const int64_t tiles = std::max<int64_t>(ceil_div(clusters, kTileClusters * kScoreWarps), 1);
+  const int64_t blocks = std::max<int64_t>(kScoreBlocks * processors / tasks, 1);
+  return ceil_div(tiles, blocks);
+}
+
 // Without clusters one block still sets the tickets.
-int64_t score_block_count(int64_t clusters) {
-  return std::max<int64_t>(ceil_div(clusters, kBlockClusters), 1);
+int64_t score_block_count(int64_t clusters, int64_t warp_tiles) {
+  return std::max<int64_t>(ceil_div(clusters, kTileClusters * kScoreWarps * warp_tiles), 1);
 }
 
 template <typename T, int kGroups>
 void launch_score_groups(const Launcher& launch, const ScoreParams& params, int64_t tasks) {
-  const int64_t blocks = score_block_count(params.clusters);
+  const int64_t blocks = score_block_count(params.clusters, params.warp_tiles);
+  constexpr int64_t kBytes = kScoreWarps * score_stages(kGroups) * 2 * kGroups * 32 * 16;
   if (params.groups <= 8 || kGroups > 4) {
     launch(
         score_kernel<T, kGroups, 1>, grid_of(blocks, tasks * ceil_div(params.groups, 8)),
-        kScoreThreads, 0, 1, params);
+        kScoreThreads, kBytes, 1, params);
   } else if constexpr (kGroups <= 4) {
     launch(
         score_kernel<T, kGroups, 2>, grid_of(blocks, tasks * ceil_div(params.groups, 16)),
-        kScoreThreads, 0, 1, params);
+        kScoreThreads, kBytes, 1, params);
   }
 }
 
@@ -354,7 +374,7 @@ struct SelectParams {
 };
 
 // Sums over the threads of a block, in their order; each thread gets the sum of those before it.
-__device__ __forceinline__ uint64_t sum_before(uint64_t own, uint64_t* warp_totals, uint64_t& total) {
+__device__ __noinline__ uint64_t sum_before(uint64_t own, uint64_t* warp_totals, uint64_t& total) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   uint64_t sum = own;
 #pragma unroll
@@ -386,6 +406,14 @@ __device__ __forceinline__ uint32_t sort_key(float score, int32_t size) {
   return size > 0 && score >= 0.0f ? 0xfffffffeu - __float_as_uint(score) : 0xffffffffu;
 }
 
+// Adds 1 in shared memory. atomicAdd of a constant becomes a loop over the distinct addresses of a warp,
+// which here are many.
+__device__ __forceinline__ void count_one(uint32_t* counter) {
+  uint32_t one;
+  asm volatile("mov.u32 %0, 1;" : "=r"(one));
+  atomicAdd(counter, one);
+}
+
 // The threshold of the first k clusters in order: those with smaller keys are among them, and of those
 // with an equal key the first `equals` by id.
 struct Threshold {
@@ -404,7 +432,7 @@ struct Cluster {
   bool several;
   groups_of_threads::cluster_group group;
 
-  __device__ __forceinline__ void sync() const {
+  __device__ __noinline__ void sync() const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (several) {
       group.sync();
@@ -430,7 +458,7 @@ struct Cluster {
 };
 
 // Refines both thresholds by one digit, from the counts of all blocks.
-__device__ __forceinline__ void refine(
+__device__ __noinline__ void refine(
     SelectShared& shared, const Cluster& cluster, unsigned blocks, int digit, int bits) {
   const int thread = static_cast<int>(threadIdx.x);
   cluster.sync();
@@ -441,6 +469,7 @@ __device__ __forceinline__ void refine(
     const int table = digit == 0 ? 0 : i;
 #pragma unroll
     for (int bin = 0; bin < kThreadBins; ++bin) counts[i][bin] = 0;
+#pragma unroll 1
     for (unsigned block = 0; block < blocks; ++block) {
       const uint32_t* own =
           cluster.in_block(shared.counts[digit][table] + kThreadBins * thread, block);
@@ -469,6 +498,33 @@ __device__ __forceinline__ void refine(
   __syncthreads();
 }
 
+// Sorts all entries, by all blocks together; `order` has room up to a power of two.
+__device__ __noinline__ void sort_entries(
+    uint64_t* order, int count, int own_thread, int all_threads, const Cluster& cluster) {
+  int size = 1;
+  while (size < count) size *= 2;
+  for (int i = count + own_thread; i < size; i += all_threads) order[i] = ~0ull;
+#pragma unroll 1
+  for (int run = 2; run <= size; run *= 2) {
+#pragma unroll 1
+    for (int distance = run / 2; distance > 0; distance /= 2) {
+      __threadfence();
+      cluster.sync();
+#pragma unroll 1
+      for (int i = own_thread; i < size / 2; i += all_threads) {
+        const int low = (i & ~(distance - 1)) * 2 + (i & (distance - 1)), high = low + distance;
+        const uint64_t a = __ldcg(order + low), b = __ldcg(order + high);
+        if ((a > b) == ((low & run) == 0)) {
+          __stcg(order + low, b);
+          __stcg(order + high, a);
+        }
+      }
+    }
+  }
+  __threadfence();
+  cluster.sync();
+}
+
 __global__ void __launch_bounds__(kSelectThreads)
     select_kernel(const __grid_constant__ SelectParams params, int32_t blocks, int32_t keys_in_shared) {
   extern __shared__ uint4 memory[];
@@ -477,9 +533,13 @@ __global__ void __launch_bounds__(kSelectThreads)
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   release_successor();
   const Cluster cluster{blocks > 1, groups_of_threads::this_cluster()};
-  const int64_t task = blockIdx.x / blocks, b = task / params.heads;
+  const int64_t task = static_cast<int32_t>(blockIdx.x) / blocks;
+  const int64_t b = static_cast<int32_t>(task) / static_cast<int32_t>(params.heads);
   const unsigned block = cluster.rank();
-  for (int i = thread; i < kDigits * 2 * kBins; i += kSelectThreads) (&shared.counts[0][0][0])[i] = 0;
+#pragma unroll 1
+  for (int i = thread; i < kDigits * 2 * kBins / 4; i += kSelectThreads) {
+    reinterpret_cast<uint4*>(&shared.counts[0][0][0])[i] = make_uint4(0, 0, 0, 0);
+  }
   wait_for_predecessor();
 
   const Choice& choice = params.choice;
@@ -494,18 +554,17 @@ __global__ void __launch_bounds__(kSelectThreads)
     shared.thresholds[thread] = {0, static_cast<uint32_t>(count)};
   }
   // Sort keys of this block's share of the clusters, a multiple of four for each thread.
-  const int64_t per_thread = ceil_div(live, static_cast<int64_t>(blocks) * kSelectThreads * 4) * 4;
-  const int64_t first = block * per_thread * kSelectThreads;
-  const int64_t rest = live - first;
-  const int count = static_cast<int>(
-      rest < 0 ? 0 : rest < per_thread * kSelectThreads ? rest : per_thread * kSelectThreads);
+  const int round = blocks * kSelectThreads * 4;
+  const int per_thread = (static_cast<int>(live) + round - 1) / round * 4;
+  const int first = static_cast<int>(block) * per_thread * kSelectThreads;
+  const int count = max(0, min(static_cast<int>(live) - first, per_thread * kSelectThreads));
   const int32_t* offsets = params.offsets + task * (params.clusters + 1) + first;
   const float* ranked = params.ranked + (task * params.clusters + first) * params.groups;
   uint32_t* keys = keys_in_shared != 0
       ? reinterpret_cast<uint32_t*>(norms + ceil_div(params.groups, 4) * 4)
       : params.keys + task * ceil_div(params.clusters, 4) * 4 + first;
   const bool quads = params.groups % 4 == 0;
-  constexpr int kAhead = 8;  // scores of a thread that are under way
+  constexpr int kAhead = 4;  // scores of a thread that are under way
   float4 logits[kAhead];
   int2 ends[kAhead];
   const auto fetch = [&](int start) {
@@ -518,15 +577,18 @@ __global__ void __launch_bounds__(kSelectThreads)
     }
   };
   fetch(0);
-  for (int64_t g = warp; g < params.groups; g += kSelectWarps) {
+  const int groups = static_cast<int>(params.groups);
+#pragma unroll 1
+  for (int g = warp; g < params.groups; g += kSelectWarps) {
     const float2* sums = params.sums + task * params.score_blocks * params.groups + g;
     float2 all = make_float2(-INFINITY, 0.0f);
-    for (int64_t i = lane; i < params.score_blocks; i += 32) {
+#pragma unroll 1
+    for (int i = lane; i < params.score_blocks; i += 32) {
       const float2 own = sums[i * params.groups];
       const float top = fmaxf(all.x, own.x), origin = top == -INFINITY ? 0.0f : top;
       all = make_float2(top, all.y * exp2_of(all.x - origin) + own.y * exp2_of(own.x - origin));
     }
-#pragma unroll
+#pragma unroll 1
     for (int step = 16; step > 0; step /= 2) {
       const float2 own = make_float2(
           __shfl_xor_sync(kAllLanes, all.x, step), __shfl_xor_sync(kAllLanes, all.y, step));
@@ -536,6 +598,7 @@ __global__ void __launch_bounds__(kSelectThreads)
     if (lane == 0) norms[g] = all.x + log2_of(all.y);
   }
   __syncthreads();
+#pragma unroll 1
   for (int start = 0; start < count; start += kAhead * kSelectThreads) {
     if (start > 0) fetch(start);
 #pragma unroll
@@ -548,40 +611,43 @@ __global__ void __launch_bounds__(kSelectThreads)
         score = exp2_of(logits[k].x - norms[0]) + exp2_of(logits[k].y - norms[1]) +
             exp2_of(logits[k].z - norms[2]) + exp2_of(logits[k].w - norms[3]);
       }
-      for (int64_t g = quads ? 4 : 0; g < params.groups; ++g) {
+#pragma unroll 1
+      for (int g = quads ? 4 : 0; g < groups; ++g) {
         score += exp2_of(own[g] - norms[g]);
       }
       const uint32_t key = sort_key(score, ends[k].y - ends[k].x);
       keys[i] = key;
-      atomicAdd(&shared.counts[0][0][key >> 21], 1u);
+      count_one(&shared.counts[0][0][key >> 21]);
     }
   }
   refine(shared, cluster, blocks, 0, 11);
   {
     const uint32_t near = shared.thresholds[0].key, far = shared.thresholds[1].key;
+#pragma unroll 2
     for (int i = thread; i < count; i += kSelectThreads) {
       const uint32_t key = keys[i];
-      if (key >> 21 == near) atomicAdd(&shared.counts[1][0][key >> 10 & 2047], 1u);
-      if (key >> 21 == far) atomicAdd(&shared.counts[1][1][key >> 10 & 2047], 1u);
+      if (key >> 21 == near) count_one(&shared.counts[1][0][key >> 10 & 2047]);
+      if (key >> 21 == far) count_one(&shared.counts[1][1][key >> 10 & 2047]);
     }
   }
   refine(shared, cluster, blocks, 1, 11);
   {
     const uint32_t near = shared.thresholds[0].key, far = shared.thresholds[1].key;
+#pragma unroll 2
     for (int i = thread; i < count; i += kSelectThreads) {
       const uint32_t key = keys[i];
-      if (key >> 10 == near) atomicAdd(&shared.counts[2][0][key & 1023], 1u);
-      if (key >> 10 == far) atomicAdd(&shared.counts[2][1][key & 1023], 1u);
+      if (key >> 10 == near) count_one(&shared.counts[2][0][key & 1023]);
+      if (key >> 10 == far) count_one(&shared.counts[2][1][key & 1023]);
     }
   }
   refine(shared, cluster, blocks, 2, 10);
 
   // Places in order of ids: those of a thread are neighbours.
   const Threshold near = shared.thresholds[0], far = shared.thresholds[1];
-  const int begin = static_cast<int>(thread * per_thread);
-  const int end = static_cast<int>(begin + per_thread < count ? begin + per_thread : count);
+  const int begin = thread * per_thread, end = min(begin + per_thread, count);
   uint32_t less[2] = {0, 0}, equal[2] = {0, 0};
   const auto for_each_key = [&](const auto& use) {
+#pragma unroll 1
     for (int i = begin; i < end; i += 4) {
       const uint4 four = *reinterpret_cast<const uint4*>(keys + i);
       use(i, four.x);
@@ -606,6 +672,7 @@ __global__ void __launch_bounds__(kSelectThreads)
       shared.block_totals[1] = equal_total;
     }
     cluster.sync();
+#pragma unroll 1
     for (unsigned other = 0; other < block; ++other) {
       const uint64_t* totals = cluster.in_block(shared.block_totals, other);
       less_before += totals[0];
@@ -642,7 +709,7 @@ __global__ void __launch_bounds__(kSelectThreads)
   int32_t* rank_tokens = local ? reinterpret_cast<int32_t*>(&shared.counts[1][0][0]) : before + 1;
   int32_t* rank_slots = local ? rank_tokens + kCountedRanks : shift;
   const int32_t* all_offsets = params.offsets + task * (params.clusters + 1);
-  const auto place_rank = [&](int64_t rank, uint64_t entry) {
+  const auto place_rank = [&](int rank, uint64_t entry) {
     const int64_t id = static_cast<int64_t>(entry & 0xffffffffu);
     if (ids != nullptr) ids[rank] = static_cast<int32_t>(id);
     if (before == nullptr) return;
@@ -652,49 +719,37 @@ __global__ void __launch_bounds__(kSelectThreads)
     rank_tokens[rank] = inside ? static_cast<int32_t>(tokens) : 0;
     rank_slots[rank] = static_cast<int32_t>(slot);
   };
-  const int64_t all_threads = static_cast<int64_t>(blocks) * kSelectThreads;
-  const int64_t own_thread = static_cast<int64_t>(block) * kSelectThreads + thread;
-  if (retrieved <= kCountedRanks) {
+  const int all_threads = blocks * kSelectThreads;
+  const int own_thread = static_cast<int>(block) * kSelectThreads + thread;
+  const int ranks = static_cast<int>(retrieved);
+  if (ranks <= kCountedRanks) {
     if (!local) {
-      for (int64_t i = thread; i < retrieved; i += kSelectThreads) entries[i] = __ldcg(order + i);
+#pragma unroll 1
+      for (int i = thread; i < ranks; i += kSelectThreads) entries[i] = __ldcg(order + i);
       __syncthreads();
     }
     const int part = thread % kLanesPerRank;
-    for (int64_t item = own_thread / kLanesPerRank;; item += all_threads / kLanesPerRank) {
-      if (item - lane / kLanesPerRank >= retrieved) break;  // alike in a warp
-      const uint64_t own = item < retrieved ? entries[item] : 0;
+#pragma unroll 1
+    for (int item = own_thread / kLanesPerRank;; item += all_threads / kLanesPerRank) {
+      if (item - lane / kLanesPerRank >= ranks) break;  // alike in a warp
+      const uint64_t own = item < ranks ? entries[item] : 0;
       uint32_t smaller = 0;
-      for (int64_t i = part; i < retrieved; i += kLanesPerRank) smaller += entries[i] < own;
+#pragma unroll 4
+      for (int i = part; i < ranks; i += kLanesPerRank) smaller += entries[i] < own;
 #pragma unroll
       for (int step = 1; step < kLanesPerRank; step *= 2) {
         smaller += __shfl_xor_sync(kAllLanes, smaller, step);
       }
-      if (part == 0 && item < retrieved) place_rank(smaller, own);
+      if (part == 0 && item < ranks) place_rank(static_cast<int>(smaller), own);
     }
   } else {
-    int64_t size = 1;
-    while (size < retrieved) size *= 2;
-    for (int64_t i = retrieved + own_thread; i < size; i += all_threads) order[i] = ~0ull;
-    for (int64_t run = 2; run <= size; run *= 2) {
-      for (int64_t distance = run / 2; distance > 0; distance /= 2) {
-        __threadfence();
-        cluster.sync();
-        for (int64_t i = own_thread; i < size / 2; i += all_threads) {
-          const int64_t low = i / distance * 2 * distance + i % distance, high = low + distance;
-          const uint64_t a = __ldcg(order + low), c = __ldcg(order + high);
-          if ((a > c) == ((low & run) == 0)) {
-            __stcg(order + low, c);
-            __stcg(order + high, a);
-          }
-        }
-      }
-    }
-    __threadfence();
-    cluster.sync();
-    for (int64_t i = own_thread; i < retrieved; i += all_threads) place_rank(i, __ldcg(order + i));
+    sort_entries(order, ranks, own_thread, all_threads, cluster);
+#pragma unroll 1
+    for (int i = own_thread; i < ranks; i += all_threads) place_rank(i, __ldcg(order + i));
   }
   if (ids != nullptr) {
-    for (int64_t i = retrieved + own_thread; i < params.max_retrieved; i += all_threads) ids[i] = -1;
+#pragma unroll 1
+    for (int64_t i = ranks + own_thread; i < params.max_retrieved; i += all_threads) ids[i] = -1;
   }
   if (before == nullptr) {
     cluster.sync();  // others may still read this block's shared memory
@@ -704,14 +759,16 @@ __global__ void __launch_bounds__(kSelectThreads)
   cluster.sync();
   if (block != 0) return;
   uint32_t sum = 0;
-  for (int64_t start = 0; start < params.max_retrieved; start += kSelectThreads) {
-    const int64_t rank = start + thread;
-    const uint32_t tokens = rank < retrieved ? static_cast<uint32_t>(rank_tokens[rank]) : 0;
-    const int32_t slot = rank < retrieved ? rank_slots[rank] : 0;
+  const int most_ranks = static_cast<int>(params.max_retrieved);
+#pragma unroll 1
+  for (int start = 0; start < most_ranks; start += kSelectThreads) {
+    const int rank = start + thread;
+    const uint32_t tokens = rank < ranks ? static_cast<uint32_t>(rank_tokens[rank]) : 0;
+    const int32_t slot = rank < ranks ? rank_slots[rank] : 0;
     uint64_t total;
     const uint32_t behind =
         sum + static_cast<uint32_t>(sum_before(tokens, shared.warp_totals, total));
-    if (rank < params.max_retrieved) {
+    if (rank < most_ranks) {
       before[rank + 1] = static_cast<int32_t>(behind + tokens);
       shift[rank] = slot - static_cast<int32_t>(behind);
     }
@@ -745,7 +802,7 @@ ChoiceSpace reserve_choice(Workspace& workspace, const WaveEstimateParams& param
   space.ranked =
       workspace.reserve<float>(params.use_variance ? 0 : tasks * params.clusters * params.groups);
   space.sums =
-      workspace.reserve<float2>(tasks * score_block_count(params.clusters) * params.groups);
+      workspace.reserve<float2>(tasks * score_block_count(params.clusters, 1) * params.groups);
   space.keys = workspace.reserve<uint32_t>(tasks * ceil_div(params.clusters, 4) * 4);
   space.order = workspace.reserve<uint64_t>(tasks * power_of_two(ranks));
   return space;
@@ -767,6 +824,9 @@ void choose(
   score.groups = params.groups;
   score.head_dim = params.head_dim;
   score.clusters = params.clusters;
+  score.warp_tiles =
+      static_cast<int32_t>(warp_tiles_of(params.clusters, tasks, launch.processors()));
+  score.early_blocks = static_cast<uint32_t>(kScoreBlocks * launch.processors());
   score.query = params.query;
   score.centroid_keys = params.centroid_keys;
   score.offsets = params.offsets;
@@ -786,7 +846,7 @@ void choose(
   select.heads = params.heads;
   select.groups = params.groups;
   select.clusters = params.clusters;
-  select.score_blocks = score_block_count(params.clusters);
+  select.score_blocks = score_block_count(params.clusters, score.warp_tiles);
   select.offsets = params.offsets;
   select.ranked = params.use_variance ? score.log2_mass : score.ranked;
   select.sums = score.sums;
