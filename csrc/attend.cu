@@ -355,9 +355,9 @@ struct Walker {
     return shift[rank] + u;
   }
 
-  __device__ __forceinline__ void copy(int stage, int32_t tile) {
+  // Copies the tile whose rows lie where `at` says, this lane's at lane % 16.
+  __device__ __forceinline__ void copy(int stage, int32_t at) {
     const int r = lane / 4, j = lane % 4;
-    const int32_t at = find(tile * kTileTokens + lane % kTileTokens);
     if (estimates) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -407,11 +407,16 @@ struct Walker {
   template <typename Use>
   __device__ __forceinline__ void walk(int32_t first, int32_t last, const Use& use) {
     int stage = 0, ahead_stage = 0;
+    // Found a tile ahead of the copy, which would have to wait for it.
+    int32_t at = find(first * kTileTokens + lane % kTileTokens);
 #pragma unroll 1
     for (int32_t ahead = first;; ahead += kAttendWarps) {
       const int32_t tile = ahead - (S::kStages - 1) * kAttendWarps;
       if (tile >= last) break;
-      if (ahead < last) copy(ahead_stage, ahead);
+      if (ahead < last) {
+        copy(ahead_stage, at);
+        at = find((ahead + kAttendWarps) * kTileTokens + lane % kTileTokens);
+      }
       commit_copies();
       if (++ahead_stage == S::kStages) ahead_stage = 0;
       if (tile < first) continue;
@@ -533,6 +538,16 @@ __device__ void merge_pieces(
     out[3] = from_float<T>(blend(sum.w, estimate.w));
     if (quad == 0 && params.lse != nullptr) params.lse[q] = lse;
   }
+}
+
+// After a barrier: what this block has written is seen by the block that gets a later ticket.
+__device__ __forceinline__ int32_t take_ticket(int32_t* tickets) {
+  int32_t ticket;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+               : "=r"(ticket)
+               : "l"(tickets)
+               : "memory");
+  return ticket;
 }
 
 template <typename T, int kGroups, int kQueryTiles>
@@ -683,11 +698,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
 
   // The block that comes last merges all pieces, always in the same order.
   __syncthreads();
-  if (thread == 0) {
-    __threadfence();
-    is_last = atomicAdd(params.tickets + tile, 1) == place.pieces - 1;
-    __threadfence();
-  }
+  if (thread == 0) is_last = take_ticket(params.tickets + tile) == place.pieces - 1;
   __syncthreads();
   if (!is_last) return;
   merge_pieces<T>(params, place, tile, S::kQueries, memory);

@@ -64,17 +64,7 @@ class Launcher {
     }
     cudaLaunchAttribute attributes[2];
     unsigned count = 0;
-#ifdef RETRO_NO_PDL
-    if (hopper_ && cluster > 1) {
-      attributes[count].id = cudaLaunchAttributeClusterDimension;
-      attributes[count].val.clusterDim.x = static_cast<unsigned>(cluster);
-      attributes[count].val.clusterDim.y = 1;
-      attributes[count++].val.clusterDim.z = 1;
-    }
-    if (false) {
-#else
     if (hopper_) {
-#endif
       attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attributes[count++].val.programmaticStreamSerializationAllowed = 1;
       if (cluster > 1) {

@@ -104,19 +104,20 @@ __global__ void __launch_bounds__(kScoreThreads, kGroups <= 4 && kQueryTiles == 
 #pragma unroll 1
   for (int t = 0; t < kStages - 1; ++t) copy(t, t);
 
-  const int live =
-      static_cast<int>(min(params.counters[b * kCounters + kClusters], params.clusters));
+  // Sizes and variances are asked for a tile ahead, and not touched before their tile.
+  const int64_t live = params.counters[b * kCounters + kClusters];
   const int32_t* offsets = params.offsets + task * (params.clusters + 1);
   const float* all_variances = params.variances + task * params.clusters;
-  int32_t next_sizes[2];
-  float next_variances[2];
+  int32_t next_begins[2] = {}, next_ends[2] = {};
+  float next_variances[2] = {};
   const auto load_sizes = [&](int t) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int c = first + t * kScoreWarps * kTileClusters + r + 8 * i;
-      const bool inside = t < tiles && c < live;
-      next_sizes[i] = inside ? offsets[c + 1] - offsets[c] : 0;
-      next_variances[i] = inside ? all_variances[c] : 0.0f;
+      if (c >= clusters) continue;
+      next_begins[i] = offsets[c];
+      next_ends[i] = offsets[c + 1];
+      next_variances[i] = all_variances[c];
     }
   };
   load_sizes(0);
@@ -188,9 +189,10 @@ __global__ void __launch_bounds__(kScoreThreads, kGroups <= 4 && kQueryTiles == 
   for (int t = 0; t < tiles; ++t) {
     copy(ahead, t + kStages - 1);
     if (++ahead == kStages) ahead = 0;
-    const int32_t sizes[2] = {next_sizes[0], next_sizes[1]};
+    const int32_t begins[2] = {next_begins[0], next_begins[1]};
+    const int32_t ends[2] = {next_ends[0], next_ends[1]};
     const float variances[2] = {next_variances[0], next_variances[1]};
-    load_sizes(t + 1);
+    if (t + 1 < tiles) load_sizes(t + 1);
     wait_for_copies<kStages - 1>();
     const uint4* tile = own_tiles + stage * kTileChunks;
     if (++stage == kStages) stage = 0;
@@ -247,13 +249,14 @@ __global__ void __launch_bounds__(kScoreThreads, kGroups <= 4 && kQueryTiles == 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int c = first + t * kScoreWarps * kTileClusters + r + 8 * i;
+        const int32_t size = c < live && c < clusters ? ends[i] - begins[i] : 0;
         float plain[2], mass[2];
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
           float& logit = logits[n][2 * i + x];
-          const float weight = static_cast<float>(sizes[i]) * (1.0f + variances[i] * spread[n][x]);
-          plain[x] = sizes[i] > 0 ? logit * scale2 : -INFINITY;
-          mass[x] = sizes[i] > 0 ? logit * scale2 + log2_of(weight) : -INFINITY;
+          const float weight = static_cast<float>(size) * (1.0f + variances[i] * spread[n][x]);
+          plain[x] = size > 0 ? logit * scale2 : -INFINITY;
+          mass[x] = size > 0 ? logit * scale2 + log2_of(weight) : -INFINITY;
           logit = params.use_variance ? mass[x] : plain[x];
         }
         if (c >= clusters || query >= queries) continue;
@@ -352,7 +355,7 @@ constexpr int kThreadBins = kBins / kSelectThreads;
 // Sort keys are cut into 11, 11 and 10 bits.
 constexpr int kDigits = 3;
 // Of a (row, head) with more clusters, several processors choose together.
-constexpr int64_t kBlockKeys = 8192;
+constexpr int64_t kBlockKeys = 16384;
 constexpr int64_t kMostBlocks = 8;  // of a portable thread block cluster
 // Sort keys that fit into shared memory; beyond, they stay in global memory.
 constexpr int64_t kKeysInShared = 32768;
@@ -404,14 +407,6 @@ __device__ __forceinline__ uint64_t pair_of(uint32_t low, uint32_t high) {
 // behind all others; ties go by id.
 __device__ __forceinline__ uint32_t sort_key(float score, int32_t size) {
   return size > 0 && score >= 0.0f ? 0xfffffffeu - __float_as_uint(score) : 0xffffffffu;
-}
-
-// Adds 1 in shared memory. atomicAdd of a constant becomes a loop over the distinct addresses of a warp,
-// which here are many.
-__device__ __forceinline__ void count_one(uint32_t* counter) {
-  uint32_t one;
-  asm volatile("mov.u32 %0, 1;" : "=r"(one));
-  atomicAdd(counter, one);
 }
 
 // The threshold of the first k clusters in order: those with smaller keys are among them, and of those
@@ -617,7 +612,7 @@ __global__ void __launch_bounds__(kSelectThreads)
       }
       const uint32_t key = sort_key(score, ends[k].y - ends[k].x);
       keys[i] = key;
-      count_one(&shared.counts[0][0][key >> 21]);
+      atomicAdd(&shared.counts[0][0][key >> 21], 1u);
     }
   }
   refine(shared, cluster, blocks, 0, 11);
@@ -626,8 +621,8 @@ __global__ void __launch_bounds__(kSelectThreads)
 #pragma unroll 2
     for (int i = thread; i < count; i += kSelectThreads) {
       const uint32_t key = keys[i];
-      if (key >> 21 == near) count_one(&shared.counts[1][0][key >> 10 & 2047]);
-      if (key >> 21 == far) count_one(&shared.counts[1][1][key >> 10 & 2047]);
+      if (key >> 21 == near) atomicAdd(&shared.counts[1][0][key >> 10 & 2047], 1u);
+      if (key >> 21 == far) atomicAdd(&shared.counts[1][1][key >> 10 & 2047], 1u);
     }
   }
   refine(shared, cluster, blocks, 1, 11);
@@ -636,8 +631,8 @@ __global__ void __launch_bounds__(kSelectThreads)
 #pragma unroll 2
     for (int i = thread; i < count; i += kSelectThreads) {
       const uint32_t key = keys[i];
-      if (key >> 10 == near) count_one(&shared.counts[2][0][key & 1023]);
-      if (key >> 10 == far) count_one(&shared.counts[2][1][key & 1023]);
+      if (key >> 10 == near) atomicAdd(&shared.counts[2][0][key & 1023], 1u);
+      if (key >> 10 == far) atomicAdd(&shared.counts[2][1][key & 1023], 1u);
     }
   }
   refine(shared, cluster, blocks, 2, 10);
