@@ -19,7 +19,8 @@ constexpr int64_t kEstimatePercent = 27;
 
 // Sizes of one warp's tile. A warp reads rows in the order in which its lanes feed the matrix units:
 // lane 4 r + j holds of keys r and r + 8 every fourth chunk from j, and of values 2 j, 2 j + 1, 2 j + 8,
-// 2 j + 9 every eighth chunk from r. Each lane copies just what it reads later.
+// 2 j + 9 every eighth chunk from r. Tiles are copied in the order of memory: the loads of eight lanes make
+// one access only if they read one line.
 template <typename T, int kGroups, int kQueryTiles>
 struct Shape {
   static constexpr int kElements = kChunk<T>;
@@ -36,6 +37,8 @@ struct Shape {
   // and end.
   static constexpr int kStages = kTileBytes <= 4096 ? 4 : kTileBytes <= 16384 ? 2 : 1;
   static constexpr int kWarpBytes = kStages * kTileBytes;
+  // More copies written out would keep too many addresses in registers.
+  static constexpr int kUnroll = kGroups <= 4 ? 4 : 2;
   static_assert(kWarpBytes >= 4 * kQueries * kPadded, "the state of a warp takes the place of its tiles");
 };
 
@@ -376,46 +379,40 @@ struct Walker {
         }
       }
     } else {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int32_t own = __shfl_sync(kAllLanes, at, r + 8 * i);
-        const uint4* row = keys.row(own);
-#pragma unroll
-        for (int c = 0; c < kGroups; ++c) {
-          const int chunk = 4 * c + j;
-          copy_async(
-              keys_at(stage) + (i * kGroups + c) * 32 + lane, row + chunk,
-              own != -1 && chunk < row_chunks);
-        }
+#pragma unroll(S::kUnroll)
+      for (int k = 0; k < 2 * kGroups; ++k) {
+        const int index = k * 32 + lane, row = index / (4 * kGroups), chunk = index % (4 * kGroups);
+        const int32_t own = __shfl_sync(kAllLanes, at, row);
+        copy_async(
+            keys_at(stage) + (row / 8 * kGroups + chunk / 4) * 32 + row % 8 * 4 + chunk % 4,
+            keys.row(own) + chunk, own != -1 && chunk < row_chunks);
       }
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int32_t own = __shfl_sync(kAllLanes, at, 2 * j + i % 2 + i / 2 * 8);
-      const uint4* row = values.row(own);
-#pragma unroll
-      for (int c = 0; c < S::kValueGroups; ++c) {
-        const int chunk = 8 * c + r;
-        copy_async(
-            values_at(stage) + (i * S::kValueGroups + c) * 32 + lane, row + chunk,
-            own != -1 && chunk < row_chunks);
-      }
+#pragma unroll(S::kUnroll)
+    for (int k = 0; k < 4 * S::kValueGroups; ++k) {
+      constexpr int kRowChunks = 8 * S::kValueGroups;
+      const int index = k * 32 + lane, row = index / kRowChunks, chunk = index % kRowChunks;
+      const int32_t own = __shfl_sync(kAllLanes, at, row);
+      const int i = row % 2 + row / 8 * 2;
+      copy_async(
+          values_at(stage) + (i * S::kValueGroups + chunk / 8) * 32 + chunk % 8 * 4 + row % 8 / 2,
+          values.row(own) + chunk, own != -1 && chunk < row_chunks);
     }
   }
 
-  // Calls use(stage, tile) for every kAttendWarps-th tile from `first`.
+  // Calls use(stage, tile) for every tile.
   template <typename Use>
   __device__ __forceinline__ void walk(int32_t first, int32_t last, const Use& use) {
     int stage = 0, ahead_stage = 0;
     // Found a tile ahead of the copy, which would have to wait for it.
     int32_t at = find(first * kTileTokens + lane % kTileTokens);
 #pragma unroll 1
-    for (int32_t ahead = first;; ahead += kAttendWarps) {
-      const int32_t tile = ahead - (S::kStages - 1) * kAttendWarps;
+    for (int32_t ahead = first;; ++ahead) {
+      const int32_t tile = ahead - (S::kStages - 1);
       if (tile >= last) break;
       if (ahead < last) {
         copy(ahead_stage, at);
-        at = find((ahead + kAttendWarps) * kTileTokens + lane % kTileTokens);
+        at = find((ahead + 1) * kTileTokens + lane % kTileTokens);
       }
       commit_copies();
       if (++ahead_stage == S::kStages) ahead_stage = 0;
@@ -551,7 +548,8 @@ __device__ __forceinline__ int32_t take_ticket(int32_t* tickets) {
 }
 
 template <typename T, int kGroups, int kQueryTiles>
-__global__ void __launch_bounds__(kAttendThreads, 2)
+__global__ void __launch_bounds__(
+    kAttendThreads, kMatrix<T> && kGroups <= 4 && kQueryTiles == 1 ? 3 : 2)
     attend_kernel(const __grid_constant__ AttendParams params) {
   using S = Shape<T, kGroups, kQueryTiles>;
   extern __shared__ uint4 shared[];
@@ -634,9 +632,11 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
   }
   const int64_t tiles = (walker.rows + kTileTokens - 1) / kTileTokens;
   const float scale2 = params.scale * kLog2e;
+  const int32_t first = static_cast<int32_t>(tiles * piece / pieces);
+  const int32_t count = static_cast<int32_t>(tiles * (piece + 1) / pieces) - first;
   walker.walk(
-      static_cast<int32_t>(tiles * piece / pieces) + warp,
-      static_cast<int32_t>(tiles * (piece + 1) / pieces), [&](int stage, int32_t t) {
+      first + count * warp / kAttendWarps, first + count * (warp + 1) / kAttendWarps,
+      [&](int stage, int32_t t) {
         float logits[kQueryTiles][4];
         if (walker.estimates) {
 #pragma unroll

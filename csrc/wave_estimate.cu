@@ -39,16 +39,22 @@ struct ScoreParams {
 // Tiles of a warp in shared memory, by the groups of four chunks in a row.
 RETRO_HOST_DEVICE constexpr int score_stages(int groups) { return groups <= 4 ? 3 : groups <= 8 ? 2 : 1; }
 
+// Chunks of a tile: keys, then where each cluster begins and its variance.
+RETRO_HOST_DEVICE constexpr int score_chunks(int groups) {
+  return 2 * groups * 32 + (2 * (kTileClusters + 1) * 4 + 15) / 16;
+}
+
 // Logits, base 2, of the clusters of a block, their masses, and their sum for each query. Rows lie over
-// the lanes as in attention: lane 4 r + j copies every fourth chunk from j of clusters r and r + 8 into
-// shared memory, where only it reads them, and gets the products with queries 2 j and 2 j + 1.
+// the lanes as in attention: lane 4 r + j reads every fourth chunk from j of clusters r and r + 8, and gets
+// the products with queries 2 j and 2 j + 1.
 template <typename T, int kGroups, int kQueryTiles>
-__global__ void __launch_bounds__(kScoreThreads, kGroups <= 4 && kQueryTiles == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kScoreThreads, kMatrix<T> && kGroups <= 4 && kQueryTiles == 1 ? 2 : 1)
     score_kernel(const __grid_constant__ ScoreParams params) {
   constexpr int kElements = kChunk<T>;
   constexpr int kQueries = 8 * kQueryTiles;
   constexpr int kStages = score_stages(kGroups);
-  constexpr int kTileChunks = 2 * kGroups * 32;
+  constexpr int kKeyChunks = 2 * kGroups * 32;
+  constexpr int kTileChunks = score_chunks(kGroups);
   extern __shared__ uint4 shared[];
   __shared__ float2 warp_sums[kScoreWarps][kQueries];
   __shared__ float spreads_of[kQueries];
@@ -85,18 +91,27 @@ __global__ void __launch_bounds__(kScoreThreads, kGroups <= 4 && kQueryTiles == 
   }
   wait_for_predecessor();
 
+  const int32_t* offsets = params.offsets + task * (params.clusters + 1);
+  const float* all_variances = params.variances + task * params.clusters;
   const auto copy = [&](int stage, int t) {
     if (t < tiles) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int c = first + t * kScoreWarps * kTileClusters + r + 8 * i;
-        const uint4* row = reinterpret_cast<const uint4*>(keys + (c < clusters ? c : 0) * stride);
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          copy_async(
-              own_tiles + stage * kTileChunks + (i * kGroups + g) * 32 + lane, row + 4 * g + j,
-              c < clusters && 4 * g + j < row_chunks);
-        }
+      uint4* tile = own_tiles + stage * kTileChunks;
+      const int first_row = first + t * kScoreWarps * kTileClusters;
+#pragma unroll(kGroups <= 4 ? 8 : 2)
+      for (int k = 0; k < 2 * kGroups; ++k) {
+        const int index = k * 32 + lane, row = index / (4 * kGroups), chunk = index % (4 * kGroups);
+        const bool inside = first_row + row < clusters;
+        const T* from = keys + (inside ? first_row + row : 0) * stride;
+        copy_async(
+            tile + (row / 8 * kGroups + chunk / 4) * 32 + row % 8 * 4 + chunk % 4,
+            reinterpret_cast<const uint4*>(from) + chunk, inside && chunk < row_chunks);
+      }
+      if (lane <= kTileClusters) {
+        int32_t* facts = reinterpret_cast<int32_t*>(tile + kKeyChunks);
+        const int c = first_row + lane;
+        copy_async_word(facts + lane, offsets + (c <= clusters ? c : 0), c <= clusters);
+        copy_async_word(
+            facts + kTileClusters + 1 + lane, all_variances + (c < clusters ? c : 0), c < clusters);
       }
     }
     commit_copies();
@@ -104,23 +119,7 @@ __global__ void __launch_bounds__(kScoreThreads, kGroups <= 4 && kQueryTiles == 
 #pragma unroll 1
   for (int t = 0; t < kStages - 1; ++t) copy(t, t);
 
-  // Sizes and variances are asked for a tile ahead, and not touched before their tile.
   const int64_t live = params.counters[b * kCounters + kClusters];
-  const int32_t* offsets = params.offsets + task * (params.clusters + 1);
-  const float* all_variances = params.variances + task * params.clusters;
-  int32_t next_begins[2] = {}, next_ends[2] = {};
-  float next_variances[2] = {};
-  const auto load_sizes = [&](int t) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int c = first + t * kScoreWarps * kTileClusters + r + 8 * i;
-      if (c >= clusters) continue;
-      next_begins[i] = offsets[c];
-      next_ends[i] = offsets[c + 1];
-      next_variances[i] = all_variances[c];
-    }
-  };
-  load_sizes(0);
   if (blockIdx.x == 0 && blockIdx.y == 0) {
 #pragma unroll 1
     for (int64_t i = thread; i < params.ticket_count; i += kScoreThreads) params.tickets[i] = 0;
@@ -189,13 +188,18 @@ __global__ void __launch_bounds__(kScoreThreads, kGroups <= 4 && kQueryTiles == 
   for (int t = 0; t < tiles; ++t) {
     copy(ahead, t + kStages - 1);
     if (++ahead == kStages) ahead = 0;
-    const int32_t begins[2] = {next_begins[0], next_begins[1]};
-    const int32_t ends[2] = {next_ends[0], next_ends[1]};
-    const float variances[2] = {next_variances[0], next_variances[1]};
-    if (t + 1 < tiles) load_sizes(t + 1);
     wait_for_copies<kStages - 1>();
+    __syncwarp();
     const uint4* tile = own_tiles + stage * kTileChunks;
     if (++stage == kStages) stage = 0;
+    const int32_t* facts = reinterpret_cast<const int32_t*>(tile + kKeyChunks);
+    int32_t sizes[2];
+    float variances[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sizes[i] = facts[r + 8 * i + 1] - facts[r + 8 * i];
+      variances[i] = __int_as_float(facts[kTileClusters + 1 + r + 8 * i]);
+    }
 
     float logits[kQueryTiles][4];
     if constexpr (kMatrix<T>) {
@@ -249,7 +253,7 @@ __global__ void __launch_bounds__(kScoreThreads, kGroups <= 4 && kQueryTiles == 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int c = first + t * kScoreWarps * kTileClusters + r + 8 * i;
-        const int32_t size = c < live && c < clusters ? ends[i] - begins[i] : 0;
+        const int32_t size = c < live && c < clusters ? sizes[i] : 0;
         float plain[2], mass[2];
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
@@ -284,6 +288,7 @@ __global__ void __launch_bounds__(kScoreThreads, kGroups <= 4 && kQueryTiles == 
         top[n][x] = higher;
       }
     }
+    __syncwarp();  // the tile's memory may be copied into again
   }
 #pragma unroll
   for (int n = 0; n < kQueryTiles; ++n) {
@@ -327,7 +332,7 @@ int64_t score_block_count(int64_t clusters, int64_t warp_tiles) {
 template <typename T, int kGroups>
 void launch_score_groups(const Launcher& launch, const ScoreParams& params, int64_t tasks) {
   const int64_t blocks = score_block_count(params.clusters, params.warp_tiles);
-  constexpr int64_t kBytes = kScoreWarps * score_stages(kGroups) * 2 * kGroups * 32 * 16;
+  constexpr int64_t kBytes = kScoreWarps * score_stages(kGroups) * score_chunks(kGroups) * 16;
   if (params.groups <= 8 || kGroups > 4) {
     launch(
         score_kernel<T, kGroups, 1>, grid_of(blocks, tasks * ceil_div(params.groups, 8)),
@@ -348,7 +353,7 @@ void launch_score(const Launcher& launch, const ScoreParams& params, int64_t tas
   else launch_score_groups<T, 8 * kScale>(launch, params, tasks);
 }
 
-constexpr int kSelectThreads = 512;
+constexpr int kSelectThreads = 1024;
 constexpr int kSelectWarps = kSelectThreads / 32;
 constexpr int kBins = 2048;
 constexpr int kThreadBins = kBins / kSelectThreads;
