@@ -11,8 +11,8 @@ constexpr int kWarps = kThreads / 32;
 
 // One block appends the tokens of a row: the counter that says where is read and changed by it alone.
 // Each thread scans a stretch of the mask, and all of them copy.
-__global__ void __launch_bounds__(kThreads)
-    append_tokens_kernel(const __grid_constant__ AppendTokensParams params, int32_t* chosen_tokens) {
+__global__ void __launch_bounds__(kThreads) append_tokens_kernel(
+    const __grid_constant__ AppendTokensParams params, int32_t* chosen_tokens) {
   __shared__ int64_t warp_counts[kWarps];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int64_t b = blockIdx.x;
@@ -27,8 +27,7 @@ __global__ void __launch_bounds__(kThreads)
   if (mask != nullptr) {
     const int64_t per_thread = ceil_div(params.tokens, kThreads);
     const int64_t first = thread * per_thread;
-    const int64_t last =
-        first + per_thread < params.tokens ? first + per_thread : params.tokens;
+    const int64_t last = first + per_thread < params.tokens ? first + per_thread : params.tokens;
     int64_t own = 0;
     for (int64_t t = first; t < last; ++t) own += mask[t];
     int64_t sum = own;

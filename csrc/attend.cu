@@ -39,7 +39,8 @@ struct Shape {
   static constexpr int kWarpBytes = kStages * kTileBytes;
   // More copies written out would keep too many addresses in registers.
   static constexpr int kUnroll = kGroups <= 4 ? 4 : 2;
-  static_assert(kWarpBytes >= 4 * kQueries * kPadded, "the state of a warp takes the place of its tiles");
+  static_assert(
+      kWarpBytes >= 4 * kQueries * kPadded, "the state of a warp takes the place of its tiles");
 };
 
 struct Place {
@@ -74,7 +75,8 @@ struct WarpState {
   }
 
   // Adds 16 rows. logits[n][2 i + x]: row r + 8 i, query 8 n + 2 j + x, base 2; -inf: left out.
-  __device__ __forceinline__ void add(float (&logits)[kQueryTiles][4], const uint4* rows, int lane) {
+  __device__ __forceinline__ void add(
+      float (&logits)[kQueryTiles][4], const uint4* rows, int lane) {
     float factor[kQueryTiles][2];
     bool rescales = false;
 #pragma unroll
@@ -139,11 +141,12 @@ struct WarpState {
           const uint32_t a3 = __byte_perm(words[2], words[3], 0x7632);
 #pragma unroll
           for (int n = 0; n < kQueryTiles; ++n) {
-            float(&even)[2] = values[n][c][2 * w];
-            float(&odd)[2] = values[n][c][2 * w + 1];
+            float (&even)[2] = values[n][c][2 * w];
+            float (&odd)[2] = values[n][c][2 * w + 1];
             multiply_tiles<T>(
                 even[0], even[1], odd[0], odd[1], a0, a1, a2, a3, high[n][0], high[n][1]);
-            multiply_tiles<T>(even[0], even[1], odd[0], odd[1], a0, a1, a2, a3, low[n][0], low[n][1]);
+            multiply_tiles<T>(
+                even[0], even[1], odd[0], odd[1], a0, a1, a2, a3, low[n][0], low[n][1]);
           }
         }
       }
@@ -226,7 +229,8 @@ struct Queries {
       }
     } else {
       rows = shared;
-      for (int i = static_cast<int>(threadIdx.x); i < S::kQueries * S::kPadded; i += kAttendThreads) {
+      for (int i = static_cast<int>(threadIdx.x); i < S::kQueries * S::kPadded;
+           i += kAttendThreads) {
         const int query = i / S::kPadded, d = i % S::kPadded;
         shared[i] = query < place.queries && d < params.head_dim
             ? to_float(params.query.row<const T>(place.b, place.h, place.first_query + query)[d])
@@ -249,7 +253,7 @@ struct Queries {
         const uint4 near = keys[c * 32 + lane], far = keys[(kGroups + c) * 32 + lane];
 #pragma unroll
         for (int n = 0; n < kQueryTiles; ++n) {
-          float(&s)[4] = sums[n];
+          float (&s)[4] = sums[n];
           const uint4& q = chunks[n][c];
           multiply_tiles<T>(s[0], s[1], s[2], s[3], near.x, far.x, near.y, far.y, q.x, q.y);
           multiply_tiles<T>(s[0], s[1], s[2], s[3], near.z, far.z, near.w, far.w, q.z, q.w);
@@ -452,14 +456,19 @@ __device__ __forceinline__ float merge_weights(
 
 template <typename T>
 __device__ void merge_pieces(
-    const AttendParams& params, const Place& place, int64_t tile, int queries_of_tile, char* shared) {
+    const AttendParams& params,
+    const Place& place,
+    int64_t tile,
+    int queries_of_tile,
+    char* shared) {
   const int pieces = place.pieces, thread = static_cast<int>(threadIdx.x);
-  float2* sums = reinterpret_cast<float2*>(shared);            // [pieces, queries]
+  float2* sums = reinterpret_cast<float2*>(shared);                            // [pieces, queries]
   float* factors = reinterpret_cast<float*>(sums + pieces * queries_of_tile);  // the same
   Merged* merged = reinterpret_cast<Merged*>(factors + pieces * queries_of_tile);  // [2, queries]
   const float2* from = params.sums + tile * pieces * queries_of_tile;
 #pragma unroll 2
-  for (int i = thread; i < pieces * queries_of_tile; i += kAttendThreads) sums[i] = __ldcg(from + i);
+  for (int i = thread; i < pieces * queries_of_tile; i += kAttendThreads)
+    sums[i] = __ldcg(from + i);
   __syncthreads();
 #pragma unroll 1
   for (int i = thread; i < 2 * queries_of_tile; i += kAttendThreads) {
@@ -484,8 +493,8 @@ __device__ void merge_pieces(
   }
   __syncthreads();
   const int quads = static_cast<int>(params.head_dim) / 4;
-  const float4* values = reinterpret_cast<const float4*>(params.values) +
-      tile * pieces * queries_of_tile * quads;
+  const float4* values =
+      reinterpret_cast<const float4*>(params.values) + tile * pieces * queries_of_tile * quads;
 #pragma unroll 1
   for (int i = thread; i < place.queries * quads; i += kAttendThreads) {
     const int query = i / quads, quad = i % quads;
@@ -549,7 +558,7 @@ __device__ __forceinline__ int32_t take_ticket(int32_t* tickets) {
 
 template <typename T, int kGroups, int kQueryTiles>
 __global__ void __launch_bounds__(
-    kAttendThreads, kMatrix<T> && kGroups <= 4 && kQueryTiles == 1 ? 3 : 2)
+    kAttendThreads, kMatrix<T>&& kGroups <= 4 && kQueryTiles == 1 ? 3 : 2)
     attend_kernel(const __grid_constant__ AttendParams params) {
   using S = Shape<T, kGroups, kQueryTiles>;
   extern __shared__ uint4 shared[];
@@ -561,7 +570,8 @@ __global__ void __launch_bounds__(
   Place place;
   place.pieces = params.exact_pieces + params.estimate_pieces;
   const int32_t tile = static_cast<int32_t>(blockIdx.x) / place.pieces;  // of queries
-  const int32_t groups = static_cast<int32_t>(params.groups), heads = static_cast<int32_t>(params.heads);
+  const int32_t groups = static_cast<int32_t>(params.groups),
+                heads = static_cast<int32_t>(params.heads);
   const int32_t query_tiles = (groups + S::kQueries - 1) / S::kQueries;
   place.piece = static_cast<int32_t>(blockIdx.x) - tile * place.pieces;
   place.task = tile / query_tiles;
@@ -592,7 +602,8 @@ __global__ void __launch_bounds__(
     pieces = params.estimate_pieces;
     walker.rows = clusters.counts[place.task];
     walker.ids = clusters.ids + place.task * clusters.clusters;
-    walker.masses = clusters.log2_mass + place.task * clusters.clusters * groups + place.first_query;
+    walker.masses =
+        clusters.log2_mass + place.task * clusters.clusters * groups + place.first_query;
     walker.values = {
         nullptr, clusters.centroid_values.row<const T>(place.b, place.h, 0), 0,
         clusters.centroid_values.stride_t};
@@ -618,7 +629,9 @@ __global__ void __launch_bounds__(
     }
     const int64_t steady = params.counters[place.b * kCounters + kSteadyTokens];
     walker.steady_tokens = static_cast<int32_t>(
-        steady < 0 ? 0 : steady < params.steady_capacity ? steady : params.steady_capacity);
+        steady < 0                            ? 0
+            : steady < params.steady_capacity ? steady
+                                              : params.steady_capacity);
     walker.rows = walker.steady_tokens + before[ranks];
     walker.keys = {
         params.steady_keys.row<const T>(place.b, place.h, 0),
@@ -715,8 +728,8 @@ void launch_attend(const Launcher& launch, const AttendParams& params) {
   const int64_t pieces = params.exact_pieces + params.estimate_pieces;
   const int64_t merge_bytes = pieces * S::kQueries * 12 + 2 * S::kQueries * 8;
   launch(
-      attend_kernel<T, kGroups, kQueryTiles>, grid_of(ticket_count(params) * pieces), kAttendThreads,
-      std::max(bytes, merge_bytes), 1, params);
+      attend_kernel<T, kGroups, kQueryTiles>, grid_of(ticket_count(params) * pieces),
+      kAttendThreads, std::max(bytes, merge_bytes), 1, params);
 }
 
 template <typename T, int kGroups>
@@ -730,7 +743,8 @@ void launch_groups(const Launcher& launch, const AttendParams& params) {
 
 template <typename T>
 void launch_typed(const Launcher& launch, const AttendParams& params) {
-  constexpr int kScale = 4 / static_cast<int>(sizeof(T)) == 1 ? 2 : 1;  // float32 has twice the chunks
+  constexpr int kScale =
+      4 / static_cast<int>(sizeof(T)) == 1 ? 2 : 1;  // float32 has twice the chunks
   if (params.head_dim <= 64) launch_groups<T, 2 * kScale>(launch, params);
   else if (params.head_dim <= 96) launch_groups<T, 3 * kScale>(launch, params);
   else if (params.head_dim <= 128) launch_groups<T, 4 * kScale>(launch, params);
@@ -744,8 +758,7 @@ int64_t pieces_per_task(int64_t tasks, int64_t processors) {
 }  // namespace
 
 int32_t estimate_piece_count(int64_t tasks, int64_t processors) {
-  return static_cast<int32_t>(
-      (pieces_per_task(tasks, processors) * kEstimatePercent + 50) / 100);
+  return static_cast<int32_t>((pieces_per_task(tasks, processors) * kEstimatePercent + 50) / 100);
 }
 
 int32_t exact_piece_count(int64_t tasks, int64_t processors) {
@@ -755,8 +768,8 @@ int32_t exact_piece_count(int64_t tasks, int64_t processors) {
 
 AttendSpace reserve_attend(Workspace& workspace, const AttendParams& params) {
   const int64_t tiles = ticket_count(params);
-  const int64_t states =
-      tiles * (params.exact_pieces + params.estimate_pieces) * query_tile(params.groups, params.head_dim);
+  const int64_t states = tiles * (params.exact_pieces + params.estimate_pieces) *
+      query_tile(params.groups, params.head_dim);
   AttendSpace space;
   space.values = workspace.reserve<float>(states * params.head_dim);
   space.sums = workspace.reserve<float2>(states);

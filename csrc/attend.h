@@ -39,8 +39,8 @@ struct AttendParams {
   const float* given_estimate_lse;  // [B, Hkv, G]
   float scale;
   // Between blocks.
-  float* values;     // [B * Hkv * query tiles, pieces, queries of a tile, D]
-  float2* sums;      // [B * Hkv * query tiles, pieces, queries of a tile]: largest logit (base 2), mass
+  float* values;  // [B * Hkv * query tiles, pieces, queries of a tile, D]
+  float2* sums;  // [B * Hkv * query tiles, pieces, queries of a tile]: largest logit (base 2), mass
   int32_t* tickets;  // [B * Hkv * query tiles], 0
   // Results: of everything, or, where out is nullptr, of the estimated clusters.
   void* out;            // [B, Hkv, G, D]
@@ -70,7 +70,8 @@ void use_attend(const AttendSpace& space, const Workspace& workspace, AttendPara
 void attend(const Launcher& launch, const AttendParams& params);
 
 inline int64_t ticket_count(const AttendParams& params) {
-  return params.batch * params.heads * ceil_div(params.groups, query_tile(params.groups, params.head_dim));
+  return params.batch * params.heads *
+      ceil_div(params.groups, query_tile(params.groups, params.head_dim));
 }
 
 }  // namespace retro

@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
   // Integers: any order of additions gives the same sum.
-  unsigned long long* counters = reinterpret_cast<unsigned long long*>(
-      params.counters + task / params.heads * kCounters);
+  unsigned long long* counters =
+      reinterpret_cast<unsigned long long*>(params.counters + task / params.heads * kCounters);
   if (threadIdx.x % 32 == 0 && sum > 0) atomicAdd(counters + kRetrievedTokens, sum);
   if (threadIdx.x == 0 && task % params.heads == 0) atomicAdd(counters + kSteps, 1ull);
 }

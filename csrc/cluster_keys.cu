@@ -57,8 +57,8 @@ __device__ __forceinline__ Segment<T> segment_at(const KMeansParams& params, int
   const int64_t place = task * op.tokens + span.first + begin;
   segment.assigned = op.assignment + place;
   segment.memory.mean = params.means + index * op.head_dim;
-  segment.memory.panels =
-      static_cast<Scored<T>*>(params.panels) + index * panel_elements<kGroups>(params.most_clusters);
+  segment.memory.panels = static_cast<Scored<T>*>(params.panels) +
+      index * panel_elements<kGroups>(params.most_clusters);
   segment.memory.biases = params.biases + index * params.most_clusters;
   segment.memory.starts = params.starts + index * (params.most_clusters + 1);
   segment.memory.order = params.order + place;

@@ -89,7 +89,9 @@ struct Vector {
 
 // Neighbours to a lane, and groups of 32 elements, that cover head_dim.
 template <int kGroups>
-inline constexpr int kVectorOf = kGroups <= 2 ? 2 : kGroups <= 4 ? 4 : 8;
+inline constexpr int kVectorOf = kGroups <= 2 ? 2
+    : kGroups <= 4                            ? 4
+                                              : 8;
 
 __device__ __forceinline__ float sum_of_warp(float x) {
 #pragma unroll
@@ -268,7 +270,8 @@ __device__ void sort_by_cluster(
     for (int64_t t = first; t < last; t += 32) {
       const int32_t c = t + lane < last ? assigned[t + lane] - first_cluster : -1;
       const unsigned same = __match_any_sync(kAllLanes, c);
-      if (c >= 0 && c < clusters && lane == __ffs(static_cast<int>(same)) - 1) own[c] += __popc(same);
+      if (c >= 0 && c < clusters && lane == __ffs(static_cast<int>(same)) - 1)
+        own[c] += __popc(same);
       __syncwarp();
     }
   }
@@ -379,8 +382,8 @@ template <int kGroups>
 inline constexpr int kWarpTokens = kGroups <= 4 ? 32 : 16;
 
 template <int kGroups>
-inline constexpr int64_t kAssignBytes =
-    2 * (kTogetherClusters * kGroups * 64 + kTogetherClusters * static_cast<int64_t>(sizeof(float)));
+inline constexpr int64_t kAssignBytes = 2 *
+    (kTogetherClusters * kGroups * 64 + kTogetherClusters * static_cast<int64_t>(sizeof(float)));
 
 // Eight neighbours of a key, from element d on, as they are scored.
 template <typename T>
@@ -481,9 +484,11 @@ __device__ void assign_tokens(
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
           const uint4 &near = rows[m][0][g], &far = rows[m][1][g];
-          float(&s)[4] = scores[m];
-          multiply_tiles<Scored<T>>(s[0], s[1], s[2], s[3], near.x, far.x, near.y, far.y, own.x, own.y);
-          multiply_tiles<Scored<T>>(s[0], s[1], s[2], s[3], near.z, far.z, near.w, far.w, own.z, own.w);
+          float (&s)[4] = scores[m];
+          multiply_tiles<Scored<T>>(
+              s[0], s[1], s[2], s[3], near.x, far.x, near.y, far.y, own.x, own.y);
+          multiply_tiles<Scored<T>>(
+              s[0], s[1], s[2], s[3], near.z, far.z, near.w, far.w, own.z, own.w);
         }
       }
       const int32_t c = static_cast<int32_t>(round * kTogetherClusters) + n * 8;

@@ -16,13 +16,13 @@
 namespace retro {
 
 // RETRO_CUDA_DISPATCH(dtype, function, ...) calls function<T>(...) with T the element type.
-#define RETRO_CUDA_DISPATCH(dtype, function, ...)                               \
-  do {                                                                          \
-    switch (dtype) {                                                            \
-      case ::retro::DType::float32: function<float>(__VA_ARGS__); break;        \
+#define RETRO_CUDA_DISPATCH(dtype, function, ...)                                 \
+  do {                                                                            \
+    switch (dtype) {                                                              \
+      case ::retro::DType::float32: function<float>(__VA_ARGS__); break;          \
       case ::retro::DType::bfloat16: function<__nv_bfloat16>(__VA_ARGS__); break; \
-      case ::retro::DType::float16: function<__half>(__VA_ARGS__); break;       \
-    }                                                                           \
+      case ::retro::DType::float16: function<__half>(__VA_ARGS__); break;         \
+    }                                                                             \
   } while (false)
 
 // The device of `tensor` made current, its current stream, and what is known of it.
@@ -164,13 +164,17 @@ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ float from_float<float>(float x) { return x; }
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 template <>
-__device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
 
 // Two neighbours in one register, the first in the low half.
 template <typename T>
@@ -263,7 +267,9 @@ __device__ __forceinline__ void copy_async_word(void* target, const void* source
                : "memory");
 }
 
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits until at most kPending of this thread's groups of copies are under way.
 template <int kPending>

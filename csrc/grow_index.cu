@@ -25,7 +25,13 @@ struct GrowParams {
 // Tokens from `from` on move up by `distance` tokens, which is less than they may overlap themselves.
 template <typename T>
 __device__ void move_up(
-    const Rows& rows, int64_t b, int64_t h, int64_t from, int64_t count, int64_t distance, int head_dim) {
+    const Rows& rows,
+    int64_t b,
+    int64_t h,
+    int64_t from,
+    int64_t count,
+    int64_t distance,
+    int head_dim) {
   const int chunks = head_dim / kChunk<T>;
   for (int64_t start = 0; start < count; start += distance) {
     const int64_t together = count - start < distance ? count - start : distance;
@@ -108,7 +114,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     write_offsets(index, packing);
     float residual = 0.0f;
     for (int64_t group = 0; group < ceil_div(params.clusters, kGroupClusters); ++group) {
-      residual += pack_group<T, kGroups, kWarps>(index, packing, keys, values, group, head_dim, sums);
+      residual +=
+          pack_group<T, kGroups, kWarps>(index, packing, keys, values, group, head_dim, sums);
     }
     if (thread < head_dim) index.residuals[task * op.head_dim + thread] += residual;
     __syncthreads();
@@ -124,8 +131,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   if (thread != 0) return;
   __threadfence();
-  unsigned long long* finished =
-      reinterpret_cast<unsigned long long*>(counters + kFinishedHeads);
+  unsigned long long* finished = reinterpret_cast<unsigned long long*>(counters + kFinishedHeads);
   if (atomicAdd(finished, 1ull) + 1 != static_cast<unsigned long long>(op.heads)) return;
   *finished = 0;
   counters[kSteadyTokens] = steady;
@@ -194,6 +200,4 @@ void grow_index(
 }  // namespace
 }  // namespace retro
 
-STABLE_TORCH_LIBRARY_IMPL(retro, CUDA, m) {
-  m.impl("grow_index", TORCH_BOX(&retro::grow_index));
-}
+STABLE_TORCH_LIBRARY_IMPL(retro, CUDA, m) { m.impl("grow_index", TORCH_BOX(&retro::grow_index)); }

@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(kMaxHeadDim)
 template <typename T, int kGroups>
 void launch_pack(const Launcher& launch, const PackParams& params) {
   launch(
-      pack_kernel<T, kGroups>, grid_of(params.op.batch * params.op.heads * params.groups),
-      kThreads, 0, 1, params);
+      pack_kernel<T, kGroups>, grid_of(params.op.batch * params.op.heads * params.groups), kThreads,
+      0, 1, params);
 }
 
 template <typename T>
@@ -139,7 +139,8 @@ void pack_clusters(
     const Tensor& counters,
     int64_t cluster_size) {
   const Call<PackClustersParams> call = pack_clusters_call(
-      keys, values, assignment, store, centroids, offsets, variances, residuals, counters, cluster_size);
+      keys, values, assignment, store, centroids, offsets, variances, residuals, counters,
+      cluster_size);
   const Launcher launch("pack_clusters", keys);
   PackParams params = {};
   params.op = call.params;

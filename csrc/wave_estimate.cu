@@ -23,21 +23,24 @@ struct ScoreParams {
   int32_t warp_tiles;
   uint32_t early_blocks;  // that find room at once
   Rows query, centroid_keys;
-  const int32_t* offsets;    // [B, Hkv, C + 1]
-  const float* variances;    // [B, Hkv, C]
-  const float* residuals;    // [B, Hkv, D]
-  const int64_t* counters;   // [B, kCounters]
+  const int32_t* offsets;   // [B, Hkv, C + 1]
+  const float* variances;   // [B, Hkv, C]
+  const float* residuals;   // [B, Hkv, D]
+  const int64_t* counters;  // [B, kCounters]
   bool use_variance;
   float scale;
   float* log2_mass;  // [B * Hkv, C, G]; -inf: no tokens, or not live
   float* ranked;     // the same without sizes, for the paper's ranking; else nullptr
-  float2* sums;      // [B * Hkv, blocks, G]: largest ranked logit (base 2), sum of the others relative to it
+  float2*
+      sums;  // [B * Hkv, blocks, G]: largest ranked logit (base 2), sum of the others relative to it
   int32_t* tickets;
   int64_t ticket_count;
 };
 
 // Tiles of a warp in shared memory, by the groups of four chunks in a row.
-RETRO_HOST_DEVICE constexpr int score_stages(int groups) { return groups <= 4 ? 3 : groups <= 8 ? 2 : 1; }
+RETRO_HOST_DEVICE constexpr int score_stages(int groups) {
+  return groups <= 4 ? 3 : groups <= 8 ? 2 : 1;
+}
 
 // Chunks of a tile: keys, then where each cluster begins and its variance.
 RETRO_HOST_DEVICE constexpr int score_chunks(int groups) {
@@ -48,7 +51,8 @@ RETRO_HOST_DEVICE constexpr int score_chunks(int groups) {
 // the lanes as in attention: lane 4 r + j reads every fourth chunk from j of clusters r and r + 8, and gets
 // the products with queries 2 j and 2 j + 1.
 template <typename T, int kGroups, int kQueryTiles>
-__global__ void __launch_bounds__(kScoreThreads, kMatrix<T> && kGroups <= 4 && kQueryTiles == 1 ? 2 : 1)
+__global__ void __launch_bounds__(
+    kScoreThreads, kMatrix<T>&& kGroups <= 4 && kQueryTiles == 1 ? 2 : 1)
     score_kernel(const __grid_constant__ ScoreParams params) {
   constexpr int kElements = kChunk<T>;
   constexpr int kQueries = 8 * kQueryTiles;
@@ -212,7 +216,7 @@ __global__ void __launch_bounds__(kScoreThreads, kMatrix<T> && kGroups <= 4 && k
         const uint4 near = tile[g * 32 + lane], far = tile[(kGroups + g) * 32 + lane];
 #pragma unroll
         for (int n = 0; n < kQueryTiles; ++n) {
-          float(&s)[4] = logits[n];
+          float (&s)[4] = logits[n];
           const uint4& q = chunks[n][g];
           multiply_tiles<T>(s[0], s[1], s[2], s[3], near.x, far.x, near.y, far.y, q.x, q.y);
           multiply_tiles<T>(s[0], s[1], s[2], s[3], near.z, far.z, near.w, far.w, q.z, q.w);
@@ -375,8 +379,8 @@ struct SelectParams {
   const float2* sums;      // [B * Hkv, blocks, G]
   int64_t max_retrieved, min_retrieved_clusters;
   double retrieval_budget, estimation_budget;
-  uint32_t* keys;     // [B * Hkv, C], where they do not fit into shared memory
-  uint64_t* order;    // [B * Hkv, R rounded up to a power of 2]: keys and ids of retrieved clusters
+  uint32_t* keys;   // [B * Hkv, C], where they do not fit into shared memory
+  uint64_t* order;  // [B * Hkv, R rounded up to a power of 2]: keys and ids of retrieved clusters
   int64_t order_capacity;
   Choice choice;
 };
@@ -488,7 +492,8 @@ __device__ __noinline__ void refine(
 #pragma unroll
     for (int bin = 0; bin < kThreadBins; ++bin) {
       if (old[i].equals > less && old[i].equals <= less + counts[i][bin]) {
-        shared.thresholds[i].key = old[i].key << bits | static_cast<uint32_t>(kThreadBins * thread + bin);
+        shared.thresholds[i].key =
+            old[i].key << bits | static_cast<uint32_t>(kThreadBins * thread + bin);
         shared.thresholds[i].equals = old[i].equals - less;
       }
       less += counts[i][bin];
@@ -525,8 +530,8 @@ __device__ __noinline__ void sort_entries(
   cluster.sync();
 }
 
-__global__ void __launch_bounds__(kSelectThreads)
-    select_kernel(const __grid_constant__ SelectParams params, int32_t blocks, int32_t keys_in_shared) {
+__global__ void __launch_bounds__(kSelectThreads) select_kernel(
+    const __grid_constant__ SelectParams params, int32_t blocks, int32_t keys_in_shared) {
   extern __shared__ uint4 memory[];
   SelectShared& shared = *reinterpret_cast<SelectShared*>(memory);
   float* norms = reinterpret_cast<float*>(&shared + 1);  // [G]: log2 of the sum of all masses
@@ -702,7 +707,8 @@ __global__ void __launch_bounds__(kSelectThreads)
   cluster.sync();
 
   // The retrieved clusters by rank.
-  int32_t* ids = choice.retrieved == nullptr ? nullptr : choice.retrieved + task * params.max_retrieved;
+  int32_t* ids =
+      choice.retrieved == nullptr ? nullptr : choice.retrieved + task * params.max_retrieved;
   int32_t* before =
       choice.before == nullptr ? nullptr : choice.before + task * (params.max_retrieved + 1);
   int32_t* shift = choice.before == nullptr ? nullptr : choice.shift + task * params.max_retrieved;
@@ -859,9 +865,11 @@ void choose(
   select.order_capacity = power_of_two(params.max_retrieved);
   select.choice = choice;
   int64_t blocks = 1;
-  while (launch.hopper() && blocks < kMostBlocks && blocks * kBlockKeys < params.clusters) blocks *= 2;
+  while (launch.hopper() && blocks < kMostBlocks && blocks * kBlockKeys < params.clusters)
+    blocks *= 2;
   const int64_t block_keys =
-      ceil_div(std::max<int64_t>(params.clusters, 1), blocks * kSelectThreads * 4) * 4 * kSelectThreads;
+      ceil_div(std::max<int64_t>(params.clusters, 1), blocks * kSelectThreads * 4) * 4 *
+      kSelectThreads;
   const bool keys_in_shared = block_keys <= kKeysInShared;
   const int64_t bytes = static_cast<int64_t>(sizeof(SelectShared)) +
       ceil_div(params.groups, 4) * 16 + (keys_in_shared ? block_keys * 4 : 0);
@@ -910,7 +918,8 @@ std::tuple<Tensor, Tensor, Tensor> wave_estimate(
   const Launcher launch("wave_estimate", query);
   const WaveEstimateResults results = wave_estimate_results(params, query);
   const int64_t tasks = params.batch * params.heads;
-  if (tasks * params.groups == 0) return {results.retrieved, results.estimate, results.estimate_lse};
+  if (tasks * params.groups == 0)
+    return {results.retrieved, results.estimate, results.estimate_lse};
 
   Choice choice = {};
   AttendParams sizes = estimate_params(params, choice);

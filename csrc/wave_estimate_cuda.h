@@ -8,12 +8,12 @@ namespace retro {
 
 // What the choice leaves for the kernels behind it.
 struct Choice {
-  int32_t* retrieved;      // [B, Hkv, R], best first; -1 behind the last; may be nullptr
-  int32_t* before;         // [B * Hkv, R + 1], see RetrievedTokens; may be nullptr, then shift is not used
-  int32_t* shift;          // [B * Hkv, R]
+  int32_t* retrieved;  // [B, Hkv, R], best first; -1 behind the last; may be nullptr
+  int32_t* before;  // [B * Hkv, R + 1], see RetrievedTokens; may be nullptr, then shift is not used
+  int32_t* shift;   // [B * Hkv, R]
   int64_t store_capacity;  // N
-  int64_t* counters;       // [B, kCounters]: retrieved tokens and steps are counted, where before is set
-  int32_t* estimated;      // [B * Hkv, C]
+  int64_t* counters;  // [B, kCounters]: retrieved tokens and steps are counted, where before is set
+  int32_t* estimated;         // [B * Hkv, C]
   int32_t* estimated_counts;  // [B * Hkv]
   float* log2_mass;           // [B * Hkv, C, G]
   int32_t* tickets;           // set to 0
