@@ -30,7 +30,8 @@ ROOMS = $(filter-out %.so %/__pycache__,$(wildcard retro_ops/*)) $(wildcard mode
 .PHONY: demo test test-gpu bench lint format wheel clean
 
 demo: $(LIBRARY)
-	$(PY) -m retro_ops demo --model recall $(ARGS)
+	$(PY) -m retro_ops demo --model recall --compile $(ARGS)
+	$(PY) -m retro_ops demo --model gemma $(ARGS)
 
 test: lint $(LIBRARY)
 	$(PY) -m pytest --timeout 600 $(if $(GPU),,-m "not gpu") $(ARGS)

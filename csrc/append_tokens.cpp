@@ -54,10 +54,12 @@ void append_tokens(
   // Everything is checked before anything is written, so that a refused call loses nothing.
   for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t* row = params.counters + b * kCounters;
+    check_count(kOp, b, row[kSteadyTokens], "steady tokens", "the steady zone", steady.size(3));
     const int64_t count = appended(params, b), length = row[kSteadyTokens] + row[kIndexedTokens];
     check(
-        length + count <= max_length, kOp, "row ", b, " holds ", length, " of max_length ", max_length,
-        " tokens, ", count, " more do not fit; make the layer or cache with a larger max_length");
+        length + count <= max_length, kOp, "row ", b, " holds ", length, " of max_length ",
+        max_length, " tokens, ", count,
+        " more do not fit; make the layer or cache with a larger max_length");
     check(
         row[kSteadyTokens] + count <= params.steady_capacity, kOp, "the steady zone of ",
         params.steady_capacity, " tokens holds ", row[kSteadyTokens], " of row ", b, ", ", count,

@@ -57,8 +57,7 @@ inline Call<AppendTokensParams> append_tokens_call(
   params.values = rows_of(call.hold(readable(values)));
   params.mask = nullptr;
   if (mask) {
-    params.mask =
-        static_cast<const bool*>(call.hold(torch::stable::contiguous(*mask)).data_ptr());
+    params.mask = static_cast<const bool*>(call.hold(torch::stable::contiguous(*mask)).data_ptr());
   }
   params.steady_keys = half_of(steady, 0);
   params.steady_values = half_of(steady, 1);

@@ -42,7 +42,12 @@ inline const char* dtype_name(ScalarType type) {
     case ScalarType::Double: return "torch.float64";
     case ScalarType::Long: return "torch.int64";
     case ScalarType::Int: return "torch.int32";
+    case ScalarType::Short: return "torch.int16";
+    case ScalarType::Char: return "torch.int8";
+    case ScalarType::Byte: return "torch.uint8";
     case ScalarType::Bool: return "torch.bool";
+    case ScalarType::ComplexFloat: return "torch.complex64";
+    case ScalarType::ComplexDouble: return "torch.complex128";
     default: return "another dtype";
   }
 }
@@ -74,7 +79,8 @@ inline void check_shape(
   fail(op, name, " must be [", letters, "] = [", want.str(), "], got [", got.str(), "]");
 }
 
-inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType expected) {
+inline void check_dtype(
+    const char* op, const char* name, const Tensor& tensor, ScalarType expected) {
   check(
       tensor.scalar_type() == expected, op, name, " must be ", dtype_name(expected), ", got ",
       dtype_name(tensor.scalar_type()));
@@ -84,8 +90,8 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor, 
 inline void check_element_dtype(const char* op, const char* name, const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   check(
-      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, name,
-      " must be torch.float32, torch.bfloat16 or torch.float16, got ", dtype_name(type));
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
+      name, " must be torch.float32, torch.bfloat16 or torch.float16, got ", dtype_name(type));
 }
 
 inline constexpr int64_t kMaxHeadDim = 256;
@@ -102,7 +108,8 @@ inline bool has_vector_rows(const Tensor& tensor) {
   if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kVectorBytes != 0) return false;
   const int64_t element_bytes = static_cast<int64_t>(tensor.element_size());
   for (int64_t axis = 0; axis + 1 < tensor.dim(); ++axis) {
-    if (tensor.size(axis) > 1 && tensor.stride(axis) * element_bytes % kVectorBytes != 0) return false;
+    if (tensor.size(axis) > 1 && tensor.stride(axis) * element_bytes % kVectorBytes != 0)
+      return false;
   }
   return true;
 }
@@ -125,10 +132,14 @@ inline std::string device_name(const Tensor& tensor) {
 }
 
 inline void check_device(
-    const char* op, const char* name, const Tensor& tensor, const Tensor& like, const char* like_name) {
+    const char* op,
+    const char* name,
+    const Tensor& tensor,
+    const Tensor& like,
+    const char* like_name) {
   check(
-      tensor.device() == like.device(), op, name, " must be on ", device_name(like), " like ", like_name,
-      ", got ", device_name(tensor));
+      tensor.device() == like.device(), op, name, " must be on ", device_name(like), " like ",
+      like_name, ", got ", device_name(tensor));
 }
 
 inline void check_contiguous(const char* op, const char* name, const Tensor& tensor) {
@@ -139,6 +150,19 @@ inline void check_counters(const char* op, const Tensor& counters, int64_t rows)
   check_shape(op, "counters", counters, "B, columns", {rows, kCounters});
   check_dtype(op, "counters", counters, ScalarType::Long);
   check_contiguous(op, "counters", counters);
+}
+
+// Kernels trust the counters: they read and write as far as these say.
+inline void check_count(
+    const char* op,
+    int64_t row,
+    int64_t count,
+    const char* things,
+    const char* holder,
+    int64_t capacity) {
+  check(
+      count >= 0 && count <= capacity, op, "counters say that row ", row, " has ", count, " ",
+      things, ", ", holder, " holds ", capacity);
 }
 
 // An input whose rows can be read in place, or a copy of it.

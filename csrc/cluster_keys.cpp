@@ -20,8 +20,8 @@ Tensor cluster_keys(
   for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t first = params.spans[2 * b], last = params.spans[2 * b + 1];
     check(
-        first >= 0 && last <= params.tokens, kOp, "spans of row ", b, " must lie in 0 .. ", params.tokens, ", got ",
-        first, " .. ", last);
+        first >= 0 && last <= params.tokens, kOp, "spans of row ", b, " must lie in 0 .. ",
+        params.tokens, ", got ", first, " .. ", last);
   }
   cpu_kernels().cluster_keys(params);
   return assignment;

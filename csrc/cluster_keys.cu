@@ -178,7 +178,8 @@ Tensor cluster_keys(
   // none is longer than a segment and a half.
   const int64_t tokens = call.params.tokens;
   params.most_segments = segment_count(tokens, segment_size);
-  params.most_tokens = std::min(tokens, segment_size + segment_size / 2 + 1);
+  params.most_tokens =
+      segment_size < tokens ? std::min(tokens, segment_size + segment_size / 2 + 1) : tokens;
   params.most_clusters = std::min(
       cluster_count(tokens, cluster_size), cluster_count(params.most_tokens, cluster_size) + 1);
   params.sort = plan_sort(params.most_clusters, kWarps);

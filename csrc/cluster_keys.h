@@ -14,17 +14,21 @@ struct ClusterKeysParams {
   int32_t* assignment;  // [B, Hkv, T]: cluster of each token; -1 outside the span
 };
 
+// tokens / size, halves up, at least one; any size, since nothing overflows.
+RETRO_HOST_DEVICE inline int64_t parts(int64_t tokens, int64_t size) {
+  const int64_t rest = tokens % size;
+  const int64_t count = tokens / size + (rest >= size - rest);
+  return count > 0 ? count : 1;
+}
+
 // Clusters that `tokens` tokens become: tokens / cluster_size, halves up, at least one.
 RETRO_HOST_DEVICE inline int64_t cluster_count(int64_t tokens, int64_t cluster_size) {
-  if (tokens <= 0) return 0;
-  const int64_t count = (2 * tokens + cluster_size) / (2 * cluster_size);
-  return count > 0 ? count : 1;
+  return tokens > 0 ? parts(tokens, cluster_size) : 0;
 }
 
 // Segments that a span of `tokens` tokens is cut into: tokens / segment_size, halves up, at least one.
 RETRO_HOST_DEVICE inline int64_t segment_count(int64_t tokens, int64_t segment_size) {
-  const int64_t count = (2 * tokens + segment_size) / (2 * segment_size);
-  return count > 0 ? count : 1;
+  return parts(tokens, segment_size);
 }
 
 inline Call<ClusterKeysParams> cluster_keys_call(
@@ -44,8 +48,8 @@ inline Call<ClusterKeysParams> cluster_keys_call(
   check_device(kOp, "spans", spans, keys, "keys");
   check(cluster_size >= 1, kOp, "cluster_size must be at least 1 token, got ", cluster_size);
   check(
-      segment_size >= cluster_size, kOp, "segment_size must be at least cluster_size (", cluster_size,
-      " tokens), got ", segment_size);
+      segment_size >= cluster_size, kOp, "segment_size must be at least cluster_size (",
+      cluster_size, " tokens), got ", segment_size);
   check(iterations >= 1, kOp, "iterations must be at least 1, got ", iterations);
 
   assignment = torch::stable::new_empty(keys, {batch, heads, tokens}, ScalarType::Int);

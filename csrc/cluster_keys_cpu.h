@@ -92,7 +92,8 @@ inline void set_centroid(Scored* panels, int64_t cluster, const float* row, int6
 }
 
 // sums[t][i] += the products of kStep neighbours of token t with kPanel clusters
-inline void score_step(const Scored* keys, const Scored* panel, int64_t head_dim, floats (&sums)[kTile][2]) {
+inline void score_step(
+    const Scored* keys, const Scored* panel, int64_t head_dim, floats (&sums)[kTile][2]) {
 #if RETRO_ISA_LEVEL == 3
   const __m512bh low = (__m512bh)_mm512_loadu_si512(panel);
   const __m512bh high = (__m512bh)_mm512_loadu_si512(panel + kStep * kLanes);
@@ -116,7 +117,11 @@ inline void score_step(const Scored* keys, const Scored* panel, int64_t head_dim
 
 // The cluster with the largest inner product for each of kTile tokens; ties go to the lower cluster.
 inline void assign_tile(
-    const Scored* keys, const Scored* panels, int64_t clusters, int64_t head_dim, int32_t* assigned) {
+    const Scored* keys,
+    const Scored* panels,
+    int64_t clusters,
+    int64_t head_dim,
+    int32_t* assigned) {
   floats best[kTile][2];
   ints best_panel[kTile][2];
   for (int t = 0; t < kTile; ++t) {
@@ -169,7 +174,11 @@ inline void assign_tile(
 // Clusters `tokens` rows, starting at key(0), into ids 0 .. clusters - 1, left in memory.assigned.
 template <typename T, typename Key>
 inline void cluster_segment(
-    const Key& key, int64_t tokens, int64_t clusters, int64_t head_dim, int64_t iterations,
+    const Key& key,
+    int64_t tokens,
+    int64_t clusters,
+    int64_t head_dim,
+    int64_t iterations,
     const SegmentMemory& memory) {
   for (int64_t d = 0; d < head_dim; ++d) memory.mean[d] = 0.0;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -187,7 +196,8 @@ inline void cluster_segment(
       memory.keys + tokens * head_dim, 0,
       static_cast<size_t>((rows - tokens) * head_dim) * sizeof(float));
   if constexpr (kRounded) {
-    for (int64_t i = 0; i < rows * head_dim; i += kLanes) store(memory.scored + i, load(memory.keys + i));
+    for (int64_t i = 0; i < rows * head_dim; i += kLanes)
+      store(memory.scored + i, load(memory.keys + i));
   }
   std::memset(
       memory.panels, 0,
@@ -204,12 +214,14 @@ inline void cluster_segment(
         const int64_t c = memory.assigned[t];
         float* sum = memory.sums + c * head_dim;
         const float* row = memory.keys + t * head_dim;
-        for (int64_t d = 0; d < head_dim; d += kLanes) store(sum + d, load(sum + d) + load(row + d));
+        for (int64_t d = 0; d < head_dim; d += kLanes)
+          store(sum + d, load(sum + d) + load(row + d));
         ++memory.counts[c];
       }
       for (int64_t c = 0; c < clusters; ++c) {
         // the sum has the direction of the mean; an empty cluster keeps its centroid
-        if (memory.counts[c] > 0) set_centroid(memory.panels, c, memory.sums + c * head_dim, head_dim);
+        if (memory.counts[c] > 0)
+          set_centroid(memory.panels, c, memory.sums + c * head_dim, head_dim);
       }
     }
     for (int64_t t = 0; t < rows; t += kTile) {
@@ -240,8 +252,8 @@ void cluster_keys_typed(const ClusterKeysParams& params) {
       if (tokens == 0) continue;
       const int64_t segments = segment_count(tokens, params.segment_size);
       if (index >= segments) continue;
-      const Segment segment = segment_at(
-          index, segments, tokens, cluster_count(tokens, params.cluster_size));
+      const Segment segment =
+          segment_at(index, segments, tokens, cluster_count(tokens, params.cluster_size));
       Scratch& scratch = Scratch::of_this_thread();
       scratch.begin(SegmentMemory::bytes(segment.tokens, segment.clusters, params.head_dim));
       const SegmentMemory memory =

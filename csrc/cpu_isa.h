@@ -18,7 +18,8 @@ namespace {
 }  // namespace
 
 constexpr CpuKernels table(const char* instruction_set) {
-  return {instruction_set, cluster_keys, pack_clusters, grow_index, wave_estimate, merged_attention};
+  return {instruction_set, cluster_keys,  pack_clusters,
+          grow_index,      wave_estimate, merged_attention};
 }
 
 }  // namespace RETRO_ISA

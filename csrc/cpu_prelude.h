@@ -18,9 +18,9 @@
 #include "cpu_kernels.h"
 #include "scratch.h"
 
-#define RETRO_DISPATCH(dtype, function, ...)                     \
-  switch (dtype) {                                               \
-    case DType::float32: return function<float>(__VA_ARGS__);    \
+#define RETRO_DISPATCH(dtype, function, ...)                      \
+  switch (dtype) {                                                \
+    case DType::float32: return function<float>(__VA_ARGS__);     \
     case DType::bfloat16: return function<bfloat16>(__VA_ARGS__); \
-    case DType::float16: return function<float16>(__VA_ARGS__);  \
+    case DType::float16: return function<float16>(__VA_ARGS__);   \
   }

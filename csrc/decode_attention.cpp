@@ -23,8 +23,8 @@ Tensor decode_attention(
       query, centroids, offsets, variances, residuals, counters, max_retrieved, retrieval_budget,
       min_retrieved_clusters, estimation_budget, estimator, scale);
   const Tensor addresses = cluster_gather(retrieved, offsets, counters);
-  return std::get<0>(merged_attention(
-      query, steady, store, addresses, counters, estimate, estimate_lse, scale));
+  return std::get<0>(
+      merged_attention(query, steady, store, addresses, counters, estimate, estimate_lse, scale));
 }
 
 }  // namespace

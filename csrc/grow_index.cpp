@@ -25,6 +25,17 @@ void grow_index(
       update_segment, cluster_size, iterations);
   const GrowIndexParams& params = call.params;
 
+  const int64_t capacity = steady.size(3);
+  for (int64_t b = 0; b < params.batch; ++b) {
+    const int64_t* row = params.index.counters + b * kCounters;
+    check_count(kOp, b, row[kSteadyTokens], "steady tokens", "the steady zone", capacity);
+    check_index_counts(kOp, b, row, store.size(3), centroids.size(3));
+  }
+  // No row can come to hold that many tokens; beyond here the sum of the three cannot overflow.
+  if (sink_tokens > capacity || local_tokens > capacity - sink_tokens ||
+      update_segment > capacity - sink_tokens - local_tokens) {
+    return;
+  }
   const int64_t full = sink_tokens + local_tokens + update_segment;
   for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t* row = params.index.counters + b * kCounters;
@@ -45,6 +56,4 @@ void grow_index(
 }  // namespace
 }  // namespace retro
 
-STABLE_TORCH_LIBRARY_IMPL(retro, CPU, m) {
-  m.impl("grow_index", TORCH_BOX(&retro::grow_index));
-}
+STABLE_TORCH_LIBRARY_IMPL(retro, CPU, m) { m.impl("grow_index", TORCH_BOX(&retro::grow_index)); }

@@ -187,8 +187,12 @@ void grow_index(
   const Call<GrowIndexParams> call = grow_index_call(
       steady, store, centroids, offsets, variances, residuals, counters, sink_tokens, local_tokens,
       update_segment, cluster_size, iterations);
-  // The zone or the store is too small for a segment: nothing can grow.
-  if (steady.size(3) < sink_tokens + local_tokens + update_segment) return;
+  // No row can come to hold that many tokens; beyond here the sum of the three cannot overflow.
+  const int64_t capacity = steady.size(3);
+  if (sink_tokens > capacity || local_tokens > capacity - sink_tokens ||
+      update_segment > capacity - sink_tokens - local_tokens) {
+    return;
+  }
   const Launcher launch("grow_index", steady);
   GrowParams params = {};
   params.op = call.params;

@@ -7,7 +7,8 @@ inline void grow_head(const GrowIndexParams& params, int64_t b, int64_t h, int64
   const int64_t clusters = cluster_count(tokens, params.cluster_size);
   Scratch& scratch = Scratch::of_this_thread();
   scratch.begin(
-      SegmentMemory::bytes(tokens, clusters, head_dim) + Scratch::bytes<float>(3 * head_dim));
+      SegmentMemory::bytes(tokens, clusters, head_dim) +
+      Scratch::bytes<float>(kSumRows * head_dim));
   const SegmentMemory memory = SegmentMemory::take(scratch, tokens, clusters, head_dim);
   const auto key = [&](int64_t t) {
     return params.steady_keys.row<T>(b, h, params.sink_tokens + t);
@@ -18,7 +19,7 @@ inline void grow_head(const GrowIndexParams& params, int64_t b, int64_t h, int64
   cluster_segment<T>(key, tokens, clusters, head_dim, params.iterations, memory);
   pack_tokens<T>(
       params.index, b, h, tokens, clusters, head_dim, key, value,
-      [&](int64_t t) { return memory.assigned[t]; }, scratch.take<float>(3 * head_dim));
+      [&](int64_t t) { return memory.assigned[t]; }, scratch.take<float>(kSumRows * head_dim));
   const size_t row_bytes = static_cast<size_t>(head_dim) * sizeof(T);
   for (int64_t t = 0; t < steady_tokens - params.sink_tokens - tokens; ++t) {
     std::memmove(key(t), key(t + tokens), row_bytes);

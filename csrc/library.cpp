@@ -36,7 +36,8 @@ STABLE_TORCH_LIBRARY(retro, m) {
       "merged_attention(Tensor query, Tensor steady, Tensor store, Tensor addresses, "
       "Tensor counters, Tensor estimate, Tensor estimate_lse, float scale) -> (Tensor, Tensor)");
   m.def(
-      "decode_attention(Tensor query, Tensor steady, Tensor store, Tensor centroids, Tensor offsets, "
+      "decode_attention(Tensor query, Tensor steady, Tensor store, Tensor centroids, Tensor "
+      "offsets, "
       "Tensor variances, Tensor residuals, Tensor(a!) counters, SymInt max_retrieved, "
       "float retrieval_budget, int min_retrieved_clusters, float estimation_budget, str estimator, "
       "float scale) -> Tensor");

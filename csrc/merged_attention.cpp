@@ -28,15 +28,14 @@ std::tuple<Tensor, Tensor> merged_attention(
   const int64_t batch = params.batch, heads = params.heads;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t tokens = params.counters[b * kCounters + kSteadyTokens];
-    check(
-        tokens >= 0 && tokens <= params.steady_capacity, kOp, "counters say that row ", b, " has ",
-        tokens, " steady tokens, the steady zone holds ", params.steady_capacity);
+    check_count(kOp, b, tokens, "steady tokens", "the steady zone", params.steady_capacity);
   }
   for (int64_t i = 0; i < batch * heads * params.retrieved_clusters; ++i) {
     const int64_t first = params.addresses[2 * i], tokens = params.addresses[2 * i + 1];
     check(
-        first >= 0 && tokens >= 0 && first + tokens <= params.store_capacity, kOp,
-        "addresses must lie in a store of ", params.store_capacity, " tokens, got ", tokens,
+        first >= 0 && tokens >= 0 && first <= params.store_capacity &&
+            tokens <= params.store_capacity - first,  // their sum could overflow
+        kOp, "addresses must lie in a store of ", params.store_capacity, " tokens, got ", tokens,
         " tokens from slot ", first);
   }
   cpu_kernels().merged_attention(params);

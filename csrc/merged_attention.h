@@ -8,15 +8,15 @@ namespace retro {
 
 struct MergedAttentionParams {
   DType dtype;
-  int64_t batch, heads, groups, head_dim;  // B, Hkv, G, D
+  int64_t batch, heads, groups, head_dim;                       // B, Hkv, G, D
   int64_t steady_capacity, store_capacity, retrieved_clusters;  // S, N, R
-  Rows query;                       // [B, Hkv, G, D]
-  Rows steady_keys, steady_values;  // [B, Hkv, S, D]
-  Rows store_keys, store_values;    // [B, Hkv, N, D]
-  const int64_t* addresses;         // [B, Hkv, R, 2]: first slot, number of tokens
-  const int64_t* counters;          // [B, kCounters]
-  const float* estimate;            // [B, Hkv, G, D]
-  const float* estimate_lse;        // [B, Hkv, G], natural log; -inf: no estimate
+  Rows query;                                                   // [B, Hkv, G, D]
+  Rows steady_keys, steady_values;                              // [B, Hkv, S, D]
+  Rows store_keys, store_values;                                // [B, Hkv, N, D]
+  const int64_t* addresses;   // [B, Hkv, R, 2]: first slot, number of tokens
+  const int64_t* counters;    // [B, kCounters]
+  const float* estimate;      // [B, Hkv, G, D]
+  const float* estimate_lse;  // [B, Hkv, G], natural log; -inf: no estimate
   float scale;
   void* out;   // [B, Hkv, G, D]
   float* lse;  // [B, Hkv, G], natural log
@@ -40,8 +40,8 @@ inline Call<MergedAttentionParams> merged_attention_call(
   check_dtype(kOp, "steady", steady, query.scalar_type());
   const int64_t heads = steady.size(2);
   check(
-      heads > 0 && query_heads % heads == 0, kOp, "query heads must be a multiple of KV heads, got ",
-      query_heads, " and ", heads);
+      heads > 0 && query_heads % heads == 0, kOp,
+      "query heads must be a multiple of KV heads, got ", query_heads, " and ", heads);
   check_shape(kOp, "store", store, "2, B, Hkv, N, D", {2, batch, heads, kAny, head_dim});
   check_dtype(kOp, "store", store, query.scalar_type());
   check_shape(kOp, "addresses", addresses, "B, Hkv, R, 2", {batch, heads, kAny, 2});
@@ -75,13 +75,13 @@ inline Call<MergedAttentionParams> merged_attention_call(
   params.steady_values = half_of(readable_steady, 1);
   params.store_keys = half_of(readable_store, 0);
   params.store_values = half_of(readable_store, 1);
-  params.addresses = static_cast<const int64_t*>(
-      call.hold(torch::stable::contiguous(addresses)).data_ptr());
+  params.addresses =
+      static_cast<const int64_t*>(call.hold(torch::stable::contiguous(addresses)).data_ptr());
   params.counters = static_cast<const int64_t*>(counters.data_ptr());
-  params.estimate = static_cast<const float*>(
-      call.hold(torch::stable::contiguous(estimate)).data_ptr());
-  params.estimate_lse = static_cast<const float*>(
-      call.hold(torch::stable::contiguous(estimate_lse)).data_ptr());
+  params.estimate =
+      static_cast<const float*>(call.hold(torch::stable::contiguous(estimate)).data_ptr());
+  params.estimate_lse =
+      static_cast<const float*>(call.hold(torch::stable::contiguous(estimate_lse)).data_ptr());
   params.scale = static_cast<float>(scale);
   params.out = nullptr;
   params.lse = nullptr;
@@ -98,8 +98,7 @@ inline MergedAttentionResults merged_attention_results(
   MergedAttentionResults results;
   results.out = torch::stable::new_empty(
       query, {query.size(0), query.size(1), query.size(2)}, query.scalar_type());
-  results.lse =
-      torch::stable::new_empty(query, {query.size(0), query.size(1)}, ScalarType::Float);
+  results.lse = torch::stable::new_empty(query, {query.size(0), query.size(1)}, ScalarType::Float);
   params.out = results.out.data_ptr();
   params.lse = static_cast<float*>(results.lse.data_ptr());
   return results;

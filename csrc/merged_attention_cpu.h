@@ -3,7 +3,8 @@
 // The working set of a (row, head) is cut into fixed pieces (steady tokens, then ranks), one task each,
 // so that all threads work at batch 1; the states of the pieces merge in their order.
 
-constexpr int64_t kBlockTokens = 64;   // tokens scored before the softmax state is updated
+constexpr int64_t kBlockTokens = 32;   // tokens scored before the softmax state is updated; a
+                                       // block is fetched while the one before is worked on
 constexpr int64_t kSteadyPiece = 256;  // steady tokens of one task
 constexpr int64_t kRankPiece = 16;     // retrieved clusters of one task
 
@@ -11,23 +12,35 @@ constexpr int64_t kRankPiece = 16;     // retrieved clusters of one task
 template <typename T>
 struct Attender {
   const MergedAttentionParams& params;
-  const float* query;  // [G, D], times scale
+  const QueryOf<T>* query;  // [G, D]
   SoftmaxState state;
   float* logits;  // [G, kBlockTokens]
-  const T* keys[kBlockTokens];
-  const T* values[kBlockTokens];
-  int64_t count = 0;
+  const T* keys[2][kBlockTokens];
+  const T* values[2][kBlockTokens];
+  int64_t count = 0;  // of the block that fills up
+  int filling = 0;
+  bool waiting = false;  // the other block is full
 
   void add(const T* key, const T* value) {
-    keys[count] = key;
-    values[count] = value;
-    if (++count == kBlockTokens) flush();
+    prefetch_row(key, params.head_dim);
+    prefetch_row(value, params.head_dim);
+    keys[filling][count] = key;
+    values[filling][count] = value;
+    if (++count < kBlockTokens) return;
+    if (waiting) attend(1 - filling, kBlockTokens);
+    waiting = true;
+    filling = 1 - filling;
+    count = 0;
   }
 
-  void flush() {
-    if (count == 0) return;
+  void finish() {
+    if (waiting) attend(1 - filling, kBlockTokens);
+    if (count > 0) attend(filling, count);
+  }
+
+  void attend(int block_of, int64_t count) {
     const int64_t groups = params.groups, head_dim = params.head_dim;
-    dot_rows(keys, count, query, groups, head_dim, logits, kBlockTokens);
+    dot_rows(keys[block_of], count, query, params.scale, groups, head_dim, logits, kBlockTokens);
     const int64_t padded = round_up(count, kLanes);
     for (int64_t g = 0; g < groups; ++g) {
       float* row = logits + g * kBlockTokens;
@@ -49,8 +62,7 @@ struct Attender {
       }
       state.mass[g] += reduce_add(mass);
     }
-    accumulate_rows(values, count, logits, kBlockTokens, groups, head_dim, state.values);
-    count = 0;
+    accumulate_rows(values[block_of], count, logits, kBlockTokens, groups, head_dim, state.values);
   }
 };
 
@@ -59,22 +71,20 @@ void merged_attention_typed(const MergedAttentionParams& params) {
   const int64_t tasks = params.batch * params.heads, groups = params.groups;
   const int64_t head_dim = params.head_dim;
   const int64_t steady_pieces = (params.steady_capacity + kSteadyPiece - 1) / kSteadyPiece;
-  const int64_t pieces =
-      steady_pieces + (params.retrieved_clusters + kRankPiece - 1) / kRankPiece;
+  const int64_t pieces = steady_pieces + (params.retrieved_clusters + kRankPiece - 1) / kRankPiece;
   const int64_t state_floats = SoftmaxState::floats(groups, head_dim);
   const int64_t piece_floats = state_floats + groups * kBlockTokens;
   Scratch& scratch = Scratch::of_this_thread();
   scratch.begin(
-      Scratch::bytes<float>(tasks * groups * head_dim) +
+      Scratch::bytes<QueryOf<T>>(tasks * groups * head_dim) +
       Scratch::bytes<float>(tasks * std::max<int64_t>(pieces, 1) * piece_floats));
-  float* queries = scratch.take<float>(tasks * groups * head_dim);
+  QueryOf<T>* queries = scratch.take<QueryOf<T>>(tasks * groups * head_dim);
   float* states = scratch.take<float>(tasks * std::max<int64_t>(pieces, 1) * piece_floats);
   for (int64_t task = 0; task < tasks; ++task) {
     for (int64_t g = 0; g < groups; ++g) {
-      float* query = queries + (task * groups + g) * head_dim;
-      load_row(
-          params.query.row<const T>(task / params.heads, task % params.heads, g), head_dim, query);
-      scale_row(query, head_dim, params.scale);
+      load_query(
+          params.query.row<const T>(task / params.heads, task % params.heads, g), head_dim,
+          queries + (task * groups + g) * head_dim);
     }
   }
 
@@ -106,7 +116,7 @@ void merged_attention_typed(const MergedAttentionParams& params) {
           }
         }
       }
-      attender.flush();
+      attender.finish();
     }
   });
 
@@ -114,14 +124,14 @@ void merged_attention_typed(const MergedAttentionParams& params) {
     for (int64_t task = begin; task < end; ++task) {
       for (int64_t g = 0; g < groups; ++g) {
         // The state of piece 0 becomes that of the whole working set.
-        const SoftmaxState state =
-            SoftmaxState::at(states + task * std::max<int64_t>(pieces, 1) * piece_floats, groups, head_dim);
+        const SoftmaxState state = SoftmaxState::at(
+            states + task * std::max<int64_t>(pieces, 1) * piece_floats, groups, head_dim);
         if (pieces == 0) state.clear(groups, head_dim);
         for (int64_t piece = 1; piece < pieces; ++piece) {
           merge_state(
               state,
-              SoftmaxState::at(states + (task * pieces + piece) * piece_floats, groups, head_dim), g,
-              head_dim);
+              SoftmaxState::at(states + (task * pieces + piece) * piece_floats, groups, head_dim),
+              g, head_dim);
         }
         const int64_t q = task * groups + g;
         const float estimate_lse = params.estimate_lse[q];

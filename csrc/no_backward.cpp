@@ -10,8 +10,9 @@ namespace {
 Tensor no_backward(const Tensor& grad, const Tensor& argument, std::string op) {
   (void)grad;
   (void)argument;
-  fail(op.c_str(), "retro_ops is for inference, there is no backward pass; run the model under ",
-       "torch.no_grad(), or train with attn_implementation='sdpa'");
+  fail(
+      op.c_str(), "retro_ops is for inference, there is no backward pass; run the model under ",
+      "torch.no_grad(), or train with attn_implementation='sdpa'");
 }
 
 }  // namespace

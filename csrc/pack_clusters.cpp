@@ -22,7 +22,8 @@ void pack_clusters(
     const Tensor& counters,
     int64_t cluster_size) {
   Call<PackClustersParams> call = pack_clusters_call(
-      keys, values, assignment, store, centroids, offsets, variances, residuals, counters, cluster_size);
+      keys, values, assignment, store, centroids, offsets, variances, residuals, counters,
+      cluster_size);
   PackClustersParams& params = call.params;
   const int64_t batch = params.batch, heads = params.heads, tokens = params.tokens;
 
@@ -30,6 +31,7 @@ void pack_clusters(
   std::vector<int64_t> packed(static_cast<size_t>(batch), 0);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t* row = params.index.counters + b * kCounters;
+    check_index_counts(kOp, b, row, store.size(3), centroids.size(3));
     for (int64_t h = 0; h < heads; ++h) {
       const int32_t* assigned = params.assignment + (b * heads + h) * tokens;
       int64_t count = 0;
@@ -45,8 +47,9 @@ void pack_clusters(
           " in head 0 and ", count, " in head ", h);
       const int64_t clusters = cluster_count(count, cluster_size);
       check(
-          largest < clusters, kOp, "assignment of row ", b, ", head ", h, " must lie below ", clusters,
-          " clusters (", count, " tokens of cluster_size ", cluster_size, "), got ", largest);
+          largest < clusters, kOp, "assignment of row ", b, ", head ", h, " must lie below ",
+          clusters, " clusters (", count, " tokens of cluster_size ", cluster_size, "), got ",
+          largest);
     }
     const int64_t count = packed[static_cast<size_t>(b)];
     const int64_t clusters = cluster_count(count, cluster_size);

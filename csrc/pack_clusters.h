@@ -7,13 +7,13 @@ namespace retro {
 
 // The wave index and the KV store, as the ops that write them see them.
 struct IndexView {
-  Rows store_keys, store_values;          // [B, Hkv, N, D]
-  Rows centroid_keys, centroid_values;    // [B, Hkv, C, D]: mean key, mean value
-  int32_t* offsets;                       // [B, Hkv, C + 1]: first slot of each cluster in the store
-  float* variances;                       // [B, Hkv, C]: mean squared distance of a key to its centroid
-  float* residuals;                       // [B, Hkv, D]: squared residuals summed over indexed keys
-  int64_t* counters;                      // [B, kCounters]
-  int64_t heads, clusters, tokens;        // Hkv, C, N
+  Rows store_keys, store_values;        // [B, Hkv, N, D]
+  Rows centroid_keys, centroid_values;  // [B, Hkv, C, D]: mean key, mean value
+  int32_t* offsets;                     // [B, Hkv, C + 1]: first slot of each cluster in the store
+  float* variances;                 // [B, Hkv, C]: mean squared distance of a key to its centroid
+  float* residuals;                 // [B, Hkv, D]: squared residuals summed over indexed keys
+  int64_t* counters;                // [B, kCounters]
+  int64_t heads, clusters, tokens;  // Hkv, C, N
 };
 
 struct PackClustersParams {
@@ -64,6 +64,13 @@ inline void check_index(
   check_device(op, "variances", variances, like, like_name);
   check_device(op, "residuals", residuals, like, like_name);
   check_device(op, "counters", counters, like, like_name);
+}
+
+// What the counters of a row say of an index for `tokens` tokens and `clusters` clusters.
+inline void check_index_counts(
+    const char* op, int64_t row, const int64_t* counters, int64_t tokens, int64_t clusters) {
+  check_count(op, row, counters[kIndexedTokens], "indexed tokens", "the store", tokens);
+  check_count(op, row, counters[kClusters], "clusters", "the index", clusters);
 }
 
 inline IndexView index_view(

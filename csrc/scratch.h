@@ -22,7 +22,8 @@ class Scratch {
     if (total_bytes > capacity_) {
       memory_.reset();
       capacity_ = 0;
-      const size_t capacity = (total_bytes + total_bytes / 4 + kAlignment - 1) / kAlignment * kAlignment;
+      const size_t capacity =
+          (total_bytes + total_bytes / 4 + kAlignment - 1) / kAlignment * kAlignment;
       memory_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, capacity)));
       if (!memory_) throw std::bad_alloc();
       capacity_ = capacity;

@@ -72,8 +72,7 @@ inline void store(bfloat16* p, floats v) {
 
 inline void store(float16* p, floats v) {
 #if RETRO_ISA_LEVEL >= 2
-  _mm256_storeu_si256(
-      reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0));
 #else
   for (int64_t i = 0; i < kLanes; ++i) {
     p[i].bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(v[i]);
@@ -102,6 +101,37 @@ inline quad lane_sums(floats v) {
 inline float reduce_add(floats v) {
   const quad sums = lane_sums(v);
   return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
+
+// The sums of four vectors, each added up in the order of reduce_add, so that a row's logit does not
+// depend on its place in a block.
+inline quad reduce_add(floats a, floats b, floats c, floats d) {
+#if RETRO_ISA_LEVEL >= 2
+  const floats ab =
+      __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+      __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  const floats cd =
+      __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+      __builtin_shufflevector(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  floats four =
+      __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+      __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  four += __builtin_shufflevector(four, four, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  four += __builtin_shufflevector(four, four, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  return __builtin_shufflevector(four, four, 0, 4, 8, 12);
+#elif RETRO_ISA_LEVEL == 1
+  floats ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+      __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  floats cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 8, 9, 10, 11) +
+      __builtin_shufflevector(c, d, 4, 5, 6, 7, 12, 13, 14, 15);
+  // sums of lanes 0 and 2, and of 1 and 3, of every vector
+  const floats four = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
+      __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+  return __builtin_shufflevector(four, four, 0, 4, 2, 6) +
+      __builtin_shufflevector(four, four, 1, 5, 3, 7);
+#else
+  return quad{reduce_add(a), reduce_add(b), reduce_add(c), reduce_add(d)};
+#endif
 }
 
 inline float reduce_max(floats v) {
@@ -139,11 +169,29 @@ inline void load_row(const T* row, int64_t head_dim, float* out) {
   for (int64_t d = 0; d < head_dim; d += kLanes) store(out + d, load(row + d));
 }
 
-// logits[g * stride + r] = q[g] . rows[r], for a tile of RT rows and GT queries
+// What queries are multiplied as. Products of two bfloat16 are exact in float32, and one instruction
+// adds up pairs of them.
+#if RETRO_ISA_LEVEL == 3
+template <typename T>
+using QueryOf = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16, float>;
+#else
+template <typename T>
+using QueryOf = float;
+#endif
+
+template <typename T>
+inline void load_query(const T* row, int64_t head_dim, QueryOf<T>* out) {
+  if constexpr (std::is_same_v<QueryOf<T>, T>) {
+    std::memcpy(out, row, static_cast<size_t>(head_dim) * sizeof(T));
+  } else {
+    load_row(row, head_dim, out);
+  }
+}
+
+// sums[r][g] += the products of rows[r] and q[g], spread over lanes
 template <int RT, int GT, typename T>
-inline void dot_tile(
-    const T* const* rows, const float* q, int64_t head_dim, float* logits, int64_t stride) {
-  floats sums[RT][GT] = {};
+inline void add_products(
+    const T* const* rows, const float* q, int64_t head_dim, floats (&sums)[RT][GT]) {
   for (int64_t d = 0; d < head_dim; d += kLanes) {
     floats query[GT];
     for (int g = 0; g < GT; ++g) query[g] = load(q + g * head_dim + d);
@@ -152,44 +200,135 @@ inline void dot_tile(
       for (int g = 0; g < GT; ++g) sums[r][g] += key * query[g];
     }
   }
+}
+
+#if RETRO_ISA_LEVEL == 3
+inline __m512bh load_pairs(const bfloat16* p) {
+  __m512bh pairs;
+  std::memcpy(&pairs, p, sizeof(pairs));
+  return pairs;
+}
+
+inline __m512bh load_half(const bfloat16* p) {
+  __m512bh pairs{};
+  std::memcpy(&pairs, p, sizeof(pairs) / 2);
+  return pairs;
+}
+
+template <int RT, int GT, typename Load>
+inline void add_pairs(
+    const bfloat16* const* rows,
+    const bfloat16* q,
+    int64_t head_dim,
+    int64_t d,
+    floats (&sums)[RT][GT],
+    const Load& load) {
+  __m512bh query[GT];
+  for (int g = 0; g < GT; ++g) query[g] = load(q + g * head_dim + d);
   for (int r = 0; r < RT; ++r) {
-    for (int g = 0; g < GT; ++g) logits[g * stride + r] = reduce_add(sums[r][g]);
+    const __m512bh key = load(rows[r] + d);
+    for (int g = 0; g < GT; ++g) {
+      sums[r][g] = (floats)_mm512_dpbf16_ps((__m512)sums[r][g], key, query[g]);
+    }
+  }
+}
+
+template <int RT, int GT>
+inline void add_products(
+    const bfloat16* const* rows, const bfloat16* q, int64_t head_dim, floats (&sums)[RT][GT]) {
+  const int64_t whole = head_dim / (2 * kLanes) * (2 * kLanes);
+  for (int64_t d = 0; d < whole; d += 2 * kLanes) {
+    add_pairs(rows, q, head_dim, d, sums, [](const bfloat16* p) { return load_pairs(p); });
+  }
+  if (whole != head_dim) {  // head_dim is a multiple of 16, not of 32
+    add_pairs(rows, q, head_dim, whole, sums, [](const bfloat16* p) { return load_half(p); });
+  }
+}
+#endif
+
+// logits[g * stride + r] = scale q[g] . rows[r], for a tile of RT rows and GT queries
+template <int RT, int GT, typename T>
+inline void dot_tile(
+    const T* const* rows,
+    const QueryOf<T>* q,
+    float scale,
+    int64_t head_dim,
+    float* logits,
+    int64_t stride) {
+  floats sums[RT][GT] = {};
+  add_products(rows, q, head_dim, sums);
+  for (int g = 0; g < GT; ++g) {
+    if constexpr (RT == 4) {
+      const quad four = reduce_add(sums[0][g], sums[1][g], sums[2][g], sums[3][g]) * scale;
+      std::memcpy(logits + g * stride, &four, sizeof(four));
+    } else {
+      for (int r = 0; r < RT; ++r) logits[g * stride + r] = reduce_add(sums[r][g]) * scale;
+    }
   }
 }
 
 template <int GT, typename T>
 inline void dot_strip(
-    const T* const* rows, int64_t count, const float* q, int64_t head_dim, float* logits,
+    const T* const* rows,
+    int64_t count,
+    const QueryOf<T>* q,
+    float scale,
+    int64_t head_dim,
+    float* logits,
     int64_t stride) {
-  int64_t r = 0;
-  for (; r + 4 <= count; r += 4) dot_tile<4, GT>(rows + r, q, head_dim, logits + r, stride);
-  for (; r < count; ++r) dot_tile<1, GT>(rows + r, q, head_dim, logits + r, stride);
+  const int64_t tiled = count / 4 * 4;
+  for (int64_t r = 0; r < tiled; r += 4) {
+    dot_tile<4, GT>(rows + r, q, scale, head_dim, logits + r, stride);
+  }
+  for (int64_t i = 0; i < count % 4; ++i) {
+    dot_tile<1, GT>(rows + tiled + i, q, scale, head_dim, logits + tiled + i, stride);
+  }
 }
 
-// logits[g * stride + r] = q[g] . rows[r]; q is float32 [groups, head_dim]
+// logits[g * stride + r] = scale q[g] . rows[r]; q is [groups, head_dim]
 template <typename T>
 inline void dot_rows(
-    const T* const* rows, int64_t count, const float* q, int64_t groups, int64_t head_dim,
-    float* logits, int64_t stride) {
+    const T* const* rows,
+    int64_t count,
+    const QueryOf<T>* q,
+    float scale,
+    int64_t groups,
+    int64_t head_dim,
+    float* logits,
+    int64_t stride) {
   int64_t g = 0;
   for (; g + 4 <= groups; g += 4) {
-    dot_strip<4>(rows, count, q + g * head_dim, head_dim, logits + g * stride, stride);
+    dot_strip<4>(rows, count, q + g * head_dim, scale, head_dim, logits + g * stride, stride);
   }
   for (; g + 2 <= groups; g += 2) {
-    dot_strip<2>(rows, count, q + g * head_dim, head_dim, logits + g * stride, stride);
+    dot_strip<2>(rows, count, q + g * head_dim, scale, head_dim, logits + g * stride, stride);
   }
   for (; g < groups; ++g) {
-    dot_strip<1>(rows, count, q + g * head_dim, head_dim, logits + g * stride, stride);
+    dot_strip<1>(rows, count, q + g * head_dim, scale, head_dim, logits + g * stride, stride);
   }
+}
+
+// Asks for a row before it is needed: clusters lie anywhere, so no hardware guesses the next one.
+template <typename T>
+inline void prefetch_row(const T* row, int64_t head_dim) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(row + d, 0, 3);
 }
 
 template <int DT, int GT, typename T>
 inline void accumulate_tile(
-    const T* const* rows, int64_t count, int64_t d, const float* weights, int64_t stride,
-    int64_t head_dim, float* sums) {
+    const T* const* rows,
+    int64_t count,
+    int64_t d,
+    const float* weights,
+    int64_t stride,
+    int64_t head_dim,
+    float* sums) {
   floats sum[GT][DT];
+  // From zero, not from the sum so far: the rounding error grows with the rows of a block, not with
+  // those of the context.
   for (int g = 0; g < GT; ++g) {
-    for (int i = 0; i < DT; ++i) sum[g][i] = load(sums + g * head_dim + d + i * kLanes);
+    for (int i = 0; i < DT; ++i) sum[g][i] = floats{};
   }
   for (int64_t r = 0; r < count; ++r) {
     floats value[DT];
@@ -199,13 +338,20 @@ inline void accumulate_tile(
     }
   }
   for (int g = 0; g < GT; ++g) {
-    for (int i = 0; i < DT; ++i) store(sums + g * head_dim + d + i * kLanes, sum[g][i]);
+    for (int i = 0; i < DT; ++i) {
+      float* to = sums + g * head_dim + d + i * kLanes;
+      store(to, load(to) + sum[g][i]);
+    }
   }
 }
 
 template <int GT, typename T>
 inline void accumulate_strip(
-    const T* const* rows, int64_t count, const float* weights, int64_t stride, int64_t head_dim,
+    const T* const* rows,
+    int64_t count,
+    const float* weights,
+    int64_t stride,
+    int64_t head_dim,
     float* sums) {
   int64_t d = 0;
   for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) {
@@ -219,8 +365,13 @@ inline void accumulate_strip(
 // sums[g] += sum_r weights[g * stride + r] rows[r]; sums is float32 [groups, head_dim]
 template <typename T>
 inline void accumulate_rows(
-    const T* const* rows, int64_t count, const float* weights, int64_t stride, int64_t groups,
-    int64_t head_dim, float* sums) {
+    const T* const* rows,
+    int64_t count,
+    const float* weights,
+    int64_t stride,
+    int64_t groups,
+    int64_t head_dim,
+    float* sums) {
   int64_t g = 0;
   for (; g + 4 <= groups; g += 4) {
     accumulate_strip<4>(rows, count, weights + g * stride, stride, head_dim, sums + g * head_dim);

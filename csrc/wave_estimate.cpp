@@ -27,15 +27,13 @@ std::tuple<Tensor, Tensor, Tensor> wave_estimate(
     std::string estimator,
     double scale) {
   Call<WaveEstimateParams> call = wave_estimate_call(
-      kOp, query, centroids, offsets, variances, residuals, counters, max_retrieved, retrieval_budget,
-      min_retrieved_clusters, estimation_budget, estimator, scale);
+      kOp, query, centroids, offsets, variances, residuals, counters, max_retrieved,
+      retrieval_budget, min_retrieved_clusters, estimation_budget, estimator, scale);
   WaveEstimateParams& params = call.params;
   const WaveEstimateResults results = wave_estimate_results(params, query);
   for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t live = params.counters[b * kCounters + kClusters];
-    check(
-        live >= 0 && live <= params.clusters, kOp, "counters say that row ", b, " has ", live,
-        " clusters, the index holds ", params.clusters);
+    check_count(kOp, b, live, "clusters", "the index", params.clusters);
   }
   cpu_kernels().wave_estimate(params);
   return {results.retrieved, results.estimate, results.estimate_lse};

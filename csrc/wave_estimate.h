@@ -12,12 +12,12 @@ namespace retro {
 struct WaveEstimateParams {
   DType dtype;
   int64_t batch, heads, groups, head_dim, clusters;  // B, Hkv, G, D, C
-  Rows query;                           // [B, Hkv, G, D]
-  Rows centroid_keys, centroid_values;  // [B, Hkv, C, D]
-  const int32_t* offsets;               // [B, Hkv, C + 1]
-  const float* variances;               // [B, Hkv, C]
-  const float* residuals;               // [B, Hkv, D]
-  const int64_t* counters;              // [B, kCounters]
+  Rows query;                                        // [B, Hkv, G, D]
+  Rows centroid_keys, centroid_values;               // [B, Hkv, C, D]
+  const int32_t* offsets;                            // [B, Hkv, C + 1]
+  const float* variances;                            // [B, Hkv, C]
+  const float* residuals;                            // [B, Hkv, D]
+  const int64_t* counters;                           // [B, kCounters]
   int64_t max_retrieved, min_retrieved_clusters;
   double retrieval_budget, estimation_budget;
   bool use_variance;
@@ -132,8 +132,8 @@ struct WaveEstimateResults {
 inline WaveEstimateResults wave_estimate_results(WaveEstimateParams& params, const Tensor& query) {
   const int64_t batch = query.size(0), query_heads = query.size(1), head_dim = query.size(2);
   WaveEstimateResults results;
-  results.retrieved = torch::stable::new_empty(
-      query, {batch, params.heads, params.max_retrieved}, ScalarType::Int);
+  results.retrieved =
+      torch::stable::new_empty(query, {batch, params.heads, params.max_retrieved}, ScalarType::Int);
   results.estimate =
       torch::stable::new_empty(query, {batch, query_heads, head_dim}, ScalarType::Float);
   results.estimate_lse = torch::stable::new_empty(query, {batch, query_heads}, ScalarType::Float);

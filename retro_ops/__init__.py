@@ -1,4 +1,4 @@
-"""RetroInfer (arXiv 2505.02922) as torch.library custom ops: long contexts at the cost of short ones."""
+"""RetroInfer (arXiv 2505.02922) as custom ops: long contexts at the cost of short ones."""
 
 from importlib.metadata import version as _version
 

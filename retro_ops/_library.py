@@ -1,4 +1,4 @@
-"""Loads the op library: every schema and the CPU kernels, and the CUDA kernels where they were built."""
+"""Loads the op libraries: schemas and CPU kernels, and CUDA kernels where they were built."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class RetroConfig:
     retrieval_budget: float = 0.018
     """Fraction of clusters read exactly, in 0..1; 1 is dense attention up to rounding."""
     min_retrieved_clusters: int = 64
-    """Clusters; floor under the retrieval zone, which matters in short contexts. 0 switches it off."""
+    """Clusters; floor under the retrieval zone, for short contexts. At least 0, which is none."""
     estimation_budget: float = 0.232
     """Fraction of clusters estimated from their centroids, in 0..1; the rest is left out."""
     estimator: str = "variance"
@@ -48,6 +48,8 @@ class RetroConfig:
     """Fraction of the KV that the page cache holds when offloaded, in 0..1."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.estimator, str):
+            raise TypeError(f"RetroConfig: estimator must be a str, got {self.estimator!r}")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
@@ -56,6 +58,9 @@ class RetroConfig:
                 not isinstance(value, int | float) or isinstance(value, bool)
             ):
                 raise TypeError(f"RetroConfig: {field.name} must be a number, got {value!r}")
+            # One type a field, whatever it was given as: a compiled graph is made for types.
+            if field.type == "float":
+                object.__setattr__(self, field.name, float(value))
         lowest = {
             "sink_tokens": 0,
             "local_tokens": 1,

@@ -79,8 +79,8 @@ class RetroLayer(nn.Module):
             raise ValueError(f"RetroLayer: dtype must be one of {names}, got {dtype}")
         if offload:
             raise NotImplementedError(
-                "RetroLayer: offload=True is not built yet; use offload=False, which keeps all KV on "
-                f"the device ({device})"
+                "RetroLayer: offload=True is not built yet; use offload=False, which keeps all KV "
+                f"on the device ({device})"
             )
         self.config = config
         self.batch_size = batch_size
@@ -94,20 +94,19 @@ class RetroLayer(nn.Module):
             config.retrieval_budget, config.min_retrieved_clusters, clusters
         )
         groups = (batch_size, num_kv_heads)
-        shapes = {
-            "steady": (2, *groups, min(config.steady_capacity, max_length), head_dim),
-            "store": (2, *groups, tokens, head_dim),
-            "centroids": (2, *groups, clusters, head_dim),
-        }
-        for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
-        facts = {
+        buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "steady": (
+                (2, *groups, min(config.steady_capacity, max_length), head_dim),
+                dtype,
+            ),
+            "store": ((2, *groups, tokens, head_dim), dtype),
+            "centroids": ((2, *groups, clusters, head_dim), dtype),
             "offsets": ((*groups, clusters + 1), torch.int32),
             "variances": ((*groups, clusters), torch.float32),
             "residuals": ((*groups, head_dim), torch.float32),
             "counters": ((batch_size, len(Counter)), torch.int64),
         }
-        for name, (shape, kind) in facts.items():
+        for name, (shape, kind) in buffers.items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
 
     @property
@@ -121,10 +120,12 @@ class RetroLayer(nn.Module):
         Args:
             keys: `[B, Hkv, T, D]`, any strides, after rotary embedding.
             values: like `keys`.
-            starts: `[B]` integers: first real token of a left-padded row; None: no padding.
+            starts: `[B]` integers: first real token of a left-padded row; None: no padding. Values
+                out of 0..T are refused on the CPU; a GPU is not waited for, they are clamped.
 
         Raises:
-            ValueError: a shape, dtype, device or length does not fit the layer; it keeps what it held.
+            ValueError: a shape, dtype, device or length does not fit the layer; it keeps what it
+                held.
         """
         self._check_tokens("prefill", keys, values)
         tokens = keys.shape[2]
@@ -143,12 +144,19 @@ class RetroLayer(nn.Module):
                 f"RetroLayer.prefill: starts must be [{self.batch_size}] integers, got "
                 f"{list(starts.shape)} of {starts.dtype}"
             )
-        elif starts.device.type == "cpu" and not torch.compiler.is_compiling():
-            # Reading it elsewhere would wait for the device; there it is clamped.
-            if bool(((starts < 0) | (starts > tokens)).any()):
-                raise ValueError(
-                    f"RetroLayer.prefill: starts must lie in 0 .. {tokens}, got {starts.tolist()}"
-                )
+        elif starts.device != keys.device:
+            raise ValueError(
+                f"RetroLayer.prefill: starts must be on {keys.device} like keys, "
+                f"got {starts.device}"
+            )
+        elif (
+            starts.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and bool(((starts < 0) | (starts > tokens)).any())
+        ):
+            raise ValueError(
+                f"RetroLayer.prefill: starts must lie in 0..{tokens}, got {starts.tolist()}"
+            )
         self.reset()
         wave_index.build(self, keys, values, starts.long().clamp(0, tokens))
 
@@ -168,8 +176,8 @@ class RetroLayer(nn.Module):
 
         Raises:
             ValueError: a shape, dtype or device does not fit the layer.
-            RuntimeError: a row is full; the layer keeps what it held. On CUDA, where this would wait
-                for the device, the token is dropped and counted instead: `stats()["dropped_tokens"]`.
+            RuntimeError: a row is full; the layer keeps what it held. A GPU is not waited for:
+                there the token is dropped and counted, in `stats()["dropped_tokens"]`.
         """
         self._check_tokens("decode", key, value)
         expected = (self.batch_size, self.num_query_heads, 1, self.head_dim)
@@ -177,10 +185,6 @@ class RetroLayer(nn.Module):
             raise ValueError(
                 f"RetroLayer.decode: query must be [B, Hq, 1, D] = {list(expected)}, "
                 f"got {list(query.shape)}"
-            )
-        if key.shape[2] != 1:
-            raise ValueError(
-                f"RetroLayer.decode: key must hold one token per row, got {key.shape[2]}"
             )
         self._check_like_layer("decode", "query", query)
         out = decode_step(
@@ -207,6 +211,10 @@ class RetroLayer(nn.Module):
             axis = 1 if name in ("steady", "store", "centroids") else 0
             buffer.copy_(buffer.index_select(axis, rows.to(buffer.device)))
 
+    def lengths(self) -> Tensor:
+        """Tokens that each row holds, padding not included: `[B]` int64, on the device."""
+        return self.counters[:, Counter.STEADY_TOKENS] + self.counters[:, Counter.INDEXED_TOKENS]
+
     def stats(self) -> dict[str, int]:
         """Counters since the last prefill or reset, summed over rows; waits for the device.
 
@@ -218,15 +226,15 @@ class RetroLayer(nn.Module):
             page_hits, page_misses: pages found in the page cache and not; 0 unless offloaded.
             truncated_clusters: clusters dropped for want of room; always 0: the working set has no
                 buffer that could overflow.
-            dropped_tokens: tokens that found no room in a full row; counted on CUDA, where a step cannot
-                raise (on the CPU it does).
+            dropped_tokens: tokens that found no room in a full row on a GPU; the CPU raises.
             bytes_read_per_token: bytes of KV and index that one row's step reads, on average.
         """
-        totals = dict(zip(Counter, self.counters.sum(dim=0).tolist(), strict=True))
-        steps = int(self.counters[0, Counter.STEPS])
+        rows = self.counters.tolist()
+        totals = dict(zip(Counter, map(sum, zip(*rows, strict=True)), strict=True))
+        steps = rows[0][Counter.STEPS]
         rows_steps = max(totals[Counter.STEPS], 1)
         token_bytes = 2 * self.head_dim * self.store.element_size()
-        estimated = self.config.estimation_budget * totals[Counter.CLUSTERS]
+        estimated = sum(self._estimated(row[Counter.CLUSTERS]) for row in rows)
         per_head = (
             (totals[Counter.STEADY_TOKENS] * token_bytes)
             + totals[Counter.CLUSTERS] * (token_bytes // 2 + 8)  # mean key, offset, variance
@@ -254,28 +262,38 @@ class RetroLayer(nn.Module):
             f"max_length={self.max_length}, dtype={self.store.dtype}, device={self.store.device}"
         )
 
-    def _check_tokens(self, method: str, key: Tensor, value: Tensor) -> None:
-        name = "keys" if method == "prefill" else "key"
-        expected = (self.batch_size, self.num_kv_heads, None, self.head_dim)
-        fits = key.dim() == 4 and all(
-            want is None or size == want for size, want in zip(key.shape, expected, strict=True)
+    def _estimated(self, clusters: int) -> int:
+        config = self.config
+        retrieved = retrieved_count(
+            config.retrieval_budget, config.min_retrieved_clusters, clusters
         )
-        if not fits:
+        return min(round(config.estimation_budget * clusters), clusters - retrieved)
+
+    def _check_tokens(self, method: str, key: Tensor, value: Tensor) -> None:
+        name, other, letter = (
+            ("keys", "values", "T") if method == "prefill" else ("key", "value", "1")
+        )
+        fits = key.dim() == 4 and (key.shape[0], key.shape[1], key.shape[3]) == (
+            self.batch_size,
+            self.num_kv_heads,
+            self.head_dim,
+        )
+        if not fits or (method == "decode" and key.shape[2] != 1):
             raise ValueError(
-                f"RetroLayer.{method}: {name} must be [B, Hkv, T, D] = [{self.batch_size}, "
-                f"{self.num_kv_heads}, T, {self.head_dim}], got {list(key.shape)}"
+                f"RetroLayer.{method}: {name} must be [B, Hkv, {letter}, D] = [{self.batch_size}, "
+                f"{self.num_kv_heads}, {letter}, {self.head_dim}], got {list(key.shape)}"
             )
         if value.shape != key.shape:
             raise ValueError(
-                f"RetroLayer.{method}: values must have the shape of keys, "
+                f"RetroLayer.{method}: {other} must have the shape of {name}, "
                 f"got {list(value.shape)} and {list(key.shape)}"
             )
         self._check_like_layer(method, name, key)
-        self._check_like_layer(method, "values" if method == "prefill" else "value", value)
+        self._check_like_layer(method, other, value)
 
     def _check_like_layer(self, method: str, name: str, tensor: Tensor) -> None:
         if tensor.dtype != self.store.dtype or tensor.device != self.store.device:
             raise ValueError(
-                f"RetroLayer.{method}: {name} must be {self.store.dtype} on {self.store.device} like "
-                f"the layer, got {tensor.dtype} on {tensor.device}"
+                f"RetroLayer.{method}: {name} must be {self.store.dtype} on {self.store.device} "
+                f"like the layer, got {tensor.dtype} on {tensor.device}"
             )

@@ -43,7 +43,7 @@ def indexed_spans(config: RetroConfig, starts: Tensor, tokens: int) -> Tensor:
 
 
 def build(layer: RetroLayer, keys: Tensor, values: Tensor, starts: Tensor) -> None:
-    """Fills an empty layer with a prompt: clusters into the index, the rest into the steady zone."""
+    """Fills an empty layer: clusters of a prompt into the index, the rest into the steady zone."""
     config, tokens = layer.config, keys.shape[2]
     spans = indexed_spans(config, starts, tokens)
     position = torch.arange(tokens, device=keys.device)

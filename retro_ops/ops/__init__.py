@@ -1,4 +1,4 @@
-"""The ops, in the order in which data flows through them. Schemas and CPU kernels are in `csrc/`."""
+"""The ops, in alphabetical order. Schemas, in data-flow order, and CPU kernels are in `csrc/`."""
 
 from retro_ops import _library  # noqa: F401  (schemas first: fakes attach to them)
 from retro_ops.ops.append_tokens import append_tokens

@@ -1,4 +1,4 @@
-"""What all ops share: columns of `counters`, checks in the words of the C++ ones, and no backward."""
+"""What all ops share: columns of `counters`, checks in the words of C++, and no backward."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cluster_count(tokens: int, cluster_size: int) -> int:
 
 
 def segment_count(tokens: int, segment_size: int) -> int:
-    """Segments that `tokens` tokens are cut into: tokens / segment_size, halves up, at least one."""
+    """Segments that `tokens` tokens are cut into: tokens / segment_size, halves up, at least 1."""
     return max((2 * tokens + segment_size) // (2 * segment_size), 1)
 
 
@@ -87,10 +87,59 @@ def check_device(op: str, name: str, tensor: Tensor, like: Tensor, like_name: st
     )
 
 
+def check_rows(op: str, name: str, tensor: Tensor) -> None:
+    """Raises unless the rows of `tensor`, which the op changes in place, are contiguous."""
+    torch._check(
+        tensor.stride(-1) == 1 or tensor.numel() == 0,
+        lambda: (
+            f"{op}: {name} must have stride 1 on its last axis, since it is changed in place, "
+            f"got {tensor.stride(-1)}"
+        ),
+    )
+
+
+def check_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    """Raises unless `tensor` is contiguous."""
+    torch._check(tensor.is_contiguous(), lambda: f"{op}: {name} must be contiguous")
+
+
+def check_at_least(op: str, name: str, number: int, lowest: int, what: str = "") -> None:
+    """Raises unless `number` is `lowest` or more; `what` follows `lowest` in the message."""
+    torch._check(
+        number >= lowest, lambda: f"{op}: {name} must be at least {lowest}{what}, got {number}"
+    )
+
+
+def check_not_negative(op: str, name: str, number: int) -> None:
+    """Raises unless `number` is 0 or more."""
+    torch._check(number >= 0, lambda: f"{op}: {name} must not be negative, got {number}")
+
+
+def check_fraction(op: str, name: str, number: float) -> None:
+    """Raises unless `number` lies in 0..1."""
+    torch._check(0.0 <= number <= 1.0, lambda: f"{op}: {name} must lie in 0..1, got {number:g}")
+
+
+def check_clustering(
+    op: str, cluster_size: int, name: str, segment_tokens: int, iterations: int
+) -> None:
+    """Raises unless k-means can run on segments of `segment_tokens`, an argument called `name`."""
+    check_at_least(op, "cluster_size", cluster_size, 1, " token")
+    torch._check(
+        segment_tokens >= cluster_size,
+        lambda: (
+            f"{op}: {name} must be at least cluster_size ({cluster_size} tokens), "
+            f"got {segment_tokens}"
+        ),
+    )
+    check_at_least(op, "iterations", iterations, 1)
+
+
 def check_counters(op: str, counters: Tensor, rows: int) -> None:
-    """Raises unless `counters` is int64 `[B, len(Counter)]`."""
+    """Raises unless `counters` is int64 `[B, len(Counter)]` and contiguous."""
     check_shape(op, "counters", counters, "B, columns", (rows, len(Counter)))
     check_dtype(op, "counters", counters, torch.int64)
+    check_contiguous(op, "counters", counters)
 
 
 def check_heads(op: str, query_heads: int, kv_heads: int) -> None:
@@ -116,15 +165,20 @@ def check_index(
     rows, heads, head_dim = sizes
     check_shape(op, "store", store, "2, B, Hkv, N, D", (2, rows, heads, None, head_dim))
     check_dtype(op, "store", store, like.dtype)
+    check_rows(op, "store", store)
     check_shape(op, "centroids", centroids, "2, B, Hkv, C, D", (2, rows, heads, None, head_dim))
     check_dtype(op, "centroids", centroids, like.dtype)
+    check_rows(op, "centroids", centroids)
     clusters = centroids.shape[3]
     check_shape(op, "offsets", offsets, "B, Hkv, C + 1", (rows, heads, clusters + 1))
     check_dtype(op, "offsets", offsets, torch.int32)
+    check_contiguous(op, "offsets", offsets)
     check_shape(op, "variances", variances, "B, Hkv, C", (rows, heads, clusters))
     check_dtype(op, "variances", variances, torch.float32)
+    check_contiguous(op, "variances", variances)
     check_shape(op, "residuals", residuals, "B, Hkv, D", (rows, heads, head_dim))
     check_dtype(op, "residuals", residuals, torch.float32)
+    check_contiguous(op, "residuals", residuals)
     check_counters(op, counters, rows)
     for name, tensor in zip(
         ("store", "centroids", "offsets", "variances", "residuals", "counters"),

@@ -75,8 +75,10 @@ def _(
     contract.check_shape(OP, "steady", steady, "2, B, Hkv, S, D", (2, rows, heads, None, head_dim))
     contract.check_dtype(OP, "steady", steady, keys.dtype)
     contract.check_device(OP, "steady", steady, keys, "keys")
+    contract.check_rows(OP, "steady", steady)
     contract.check_counters(OP, counters, rows)
     contract.check_device(OP, "counters", counters, keys, "keys")
+    contract.check_not_negative(OP, "max_length", max_length)
     if mask is not None:
         contract.check_shape(OP, "mask", mask, "B, T", (rows, tokens))
         contract.check_dtype(OP, "mask", mask, torch.bool)

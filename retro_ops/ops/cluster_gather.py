@@ -16,8 +16,8 @@ def cluster_gather(retrieved: Tensor, offsets: Tensor, counters: Tensor) -> Tens
 
         addresses_r = (offsets_c, offsets_c+1 - offsets_c)   with c = retrieved_r; (0, 0) for c = -1
 
-    Source: RetroInfer (arXiv 2505.02922), section 4.3; departs in that attention reads the clusters in
-    place: gathering them first would move every byte twice.
+    Source: RetroInfer (arXiv 2505.02922), section 4.3; departs in that attention reads the clusters
+    in place: gathering them first would move every byte twice.
 
     Args:
         retrieved: `[B, Hkv, R]` int32 cluster ids; -1: none.
@@ -58,6 +58,9 @@ def _(retrieved: Tensor, offsets: Tensor, counters: Tensor) -> Tensor:
     contract.check_shape(OP, "offsets", offsets, "B, Hkv, C + 1", (rows, heads, None))
     contract.check_dtype(OP, "offsets", offsets, torch.int32)
     contract.check_device(OP, "offsets", offsets, retrieved, "retrieved")
+    torch._check(
+        offsets.shape[2] >= 1, lambda: f"{OP}: offsets must hold C + 1 >= 1 entries, got 0"
+    )
     contract.check_counters(OP, counters, rows)
     contract.check_device(OP, "counters", counters, retrieved, "retrieved")
     return retrieved.new_empty((rows, heads, clusters, 2), dtype=torch.int64)

@@ -15,8 +15,8 @@ def cluster_keys(
 ) -> Tensor:
     """Assigns each key of a row's span to a cluster of about `cluster_size` keys.
 
-    The span is cut into round(tokens / segment_size) equal segments; each is centred on its own mean
-    and clustered by itself, in `iterations` passes of
+    The span is cut into round(tokens / segment_size) equal segments; each is centred on its own
+    mean and clustered by itself, in `iterations` passes of
 
         assignment_t = argmax_c <key_t - mean, centroid_c>
         centroid_c   = direction of sum over assigned t of (key_t - mean)
@@ -24,12 +24,12 @@ def cluster_keys(
     from evenly spaced keys; ties go to the lower cluster, an empty cluster keeps its centroid.
 
     Source: RetroInfer (arXiv 2505.02922), section 4.2; departs in that the last pass, too, stays
-    inside the segment, and that the mean is the segment's: indexing two segments one after the other
-    gives the clusters of indexing them at once, and the work is linear in the context.
+    inside the segment, and that the mean is the segment's: indexing two segments one after the
+    other gives the clusters of indexing them at once, and the work is linear in the context.
 
     Args:
         keys: `[B, Hkv, T, D]`, float32, bfloat16 or float16, any strides.
-        spans: `[B, 2]` int64: first token to cluster and the one after the last; empty spans allowed.
+        spans: `[B, 2]` int64: first token to cluster and the one after the last; may be empty.
         cluster_size: tokens per cluster on average, at least 1.
         segment_size: tokens per segment, at least `cluster_size`.
         iterations: passes, at least 1.
@@ -85,13 +85,12 @@ def _cluster_segment(centred: Tensor, clusters: int, iterations: int) -> Tensor:
 
 
 @torch.library.register_fake(f"retro::{OP}")
-def _(
-    keys: Tensor, spans: Tensor, cluster_size: int, segment_size: int, iterations: int
-) -> Tensor:
+def _(keys: Tensor, spans: Tensor, cluster_size: int, segment_size: int, iterations: int) -> Tensor:
     contract.check_shape(OP, "keys", keys, "B, Hkv, T, D", (None, None, None, None))
     contract.check_element_dtype(OP, "keys", keys)
     contract.check_head_dim(OP, keys.shape[3])
     contract.check_shape(OP, "spans", spans, "B, 2", (keys.shape[0], 2))
     contract.check_dtype(OP, "spans", spans, torch.int64)
     contract.check_device(OP, "spans", spans, keys, "keys")
+    contract.check_clustering(OP, cluster_size, "segment_size", segment_size, iterations)
     return keys.new_empty(keys.shape[:3], dtype=torch.int32)

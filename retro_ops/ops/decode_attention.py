@@ -40,8 +40,8 @@ def decode_attention(
         store: `[2, B, Hkv, N, D]`, query's dtype.
         centroids, offsets, variances, residuals: the wave index, as in `pack_clusters`.
         counters: `[B, len(Counter)]` int64.
-        max_retrieved, retrieval_budget, min_retrieved_clusters, estimation_budget, estimator, scale:
-            as in `wave_estimate`.
+        max_retrieved, retrieval_budget, min_retrieved_clusters: as in `wave_estimate`.
+        estimation_budget, estimator, scale: as in `wave_estimate`.
 
     Returns:
         `[B, Hq, D]` in query's dtype; 0 where there is nothing to attend to.

@@ -26,10 +26,11 @@ def grow_index(
 ) -> None:
     """Indexes the oldest `update_segment` tokens behind the sinks of every row that has that many.
 
-    A row with at least sink_tokens + local_tokens + update_segment steady tokens gives up those after
-    the sinks: they are clustered as one segment and packed behind what the index holds, exactly as
-    `cluster_keys` and `pack_clusters` would; later steady tokens move up. Other rows are untouched.
-    Only `counters` decide, so the op may stand in every step of a compiled graph.
+    A row with at least sink_tokens + local_tokens + update_segment steady tokens gives up those
+    after the sinks: they are clustered as one segment and packed behind what the index holds,
+    exactly as `cluster_keys` and `pack_clusters` would; later steady tokens move up. That repeats
+    while the row has as many. Other rows are untouched. Only `counters` decide, so the op may stand
+    in every step of a compiled graph.
 
     Source: RetroInfer (arXiv 2505.02922), section 4.2 (index update).
 
@@ -91,3 +92,7 @@ def _(
         "steady",
         (rows, heads, head_dim),
     )
+    contract.check_rows(OP, "steady", steady)
+    contract.check_not_negative(OP, "sink_tokens", sink_tokens)
+    contract.check_not_negative(OP, "local_tokens", local_tokens)
+    contract.check_clustering(OP, cluster_size, "update_segment", update_segment, iterations)

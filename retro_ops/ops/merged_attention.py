@@ -36,7 +36,7 @@ def merged_attention(
 
     Args:
         query: `[B, Hq, D]`, float32, bfloat16 or float16, any strides.
-        steady: `[2, B, Hkv, S, D]`, query's dtype; the first `counters[:, STEADY_TOKENS]` slots count.
+        steady: `[2, B, Hkv, S, D]`, query's dtype; `counters[:, STEADY_TOKENS]` slots count.
         store: `[2, B, Hkv, N, D]`, query's dtype.
         addresses: `[B, Hkv, R, 2]` int64, first slot in the store and number of tokens.
         counters: `[B, len(Counter)]` int64.
@@ -45,8 +45,8 @@ def merged_attention(
         scale: factor on q . k.
 
     Returns:
-        out `[B, Hq, D]` in query's dtype, lse `[B, Hq]` float32, natural log. Where there is nothing
-        to attend to, out is 0 and lse is -inf.
+        out `[B, Hq, D]` in query's dtype, lse `[B, Hq]` float32, natural log. Where there is
+        nothing to attend to, out is 0 and lse is -inf.
 
     Raises:
         RuntimeError: a shape, dtype or address is wrong; the message has the values.

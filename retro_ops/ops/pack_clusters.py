@@ -31,8 +31,9 @@ def pack_clusters(
         centroids_i = mean of keys, mean of values       variances_i = mean of |key - mean key|^2
         residuals_d += sum over tokens of (key_d - mean key_d)^2
 
-    Source: RetroInfer (arXiv 2505.02922), sections 4.2 and 4.3; departs in that mean values take the
-    place of value sums (which overflow in float16), and in the variances, which correct the estimate.
+    Source: RetroInfer (arXiv 2505.02922), sections 4.2 and 4.3; departs in that mean values take
+    the place of value sums (which overflow in float16), and in the variances, which correct the
+    estimate.
 
     Args:
         keys: `[B, Hkv, T, D]`, float32, bfloat16 or float16, any strides.
@@ -51,8 +52,8 @@ def pack_clusters(
     Mutates: `store`, `centroids`, `offsets`, `variances`, `residuals`, `counters`.
 
     Raises:
-        RuntimeError: a shape, dtype or assignment is wrong, or the store or index is full; nothing is
-            written then.
+        RuntimeError: a shape, dtype or assignment is wrong, or the store or index is full; nothing
+            is written then.
     """
     torch.ops.retro.pack_clusters(
         keys,
@@ -80,7 +81,8 @@ def reference(
     counters: Tensor,
     cluster_size: int,
 ) -> None:
-    """`pack_clusters` in plain torch; sums in float64."""
+    """`pack_clusters` in plain torch; sums in float64 for a float64 index, else in float32."""
+    wide = variances.dtype
     rows, heads = keys.shape[:2]
     for row in range(rows):
         packed = int((assignment[row, 0] >= 0).sum())
@@ -98,10 +100,10 @@ def reference(
                 store[1, row, head, slot : slot + count] = own_values
                 slot += count
                 offsets[row, head, to + 1] = slot
-                mean_key = own_keys.double().sum(dim=0) / max(count, 1)
-                squares = (own_keys.double() - mean_key).square().sum(dim=0)
+                mean_key = own_keys.to(wide).sum(dim=0) / max(count, 1)
+                squares = (own_keys.to(wide) - mean_key).square().sum(dim=0)
                 centroids[0, row, head, to] = mean_key
-                centroids[1, row, head, to] = own_values.double().sum(dim=0) / max(count, 1)
+                centroids[1, row, head, to] = own_values.to(wide).sum(dim=0) / max(count, 1)
                 variances[row, head, to] = squares.sum() / max(count, 1)
                 residuals[row, head] += squares
         counters[row, Counter.INDEXED_TOKENS] += packed
@@ -139,3 +141,4 @@ def _(
         "keys",
         (rows, heads, head_dim),
     )
+    contract.check_at_least(OP, "cluster_size", cluster_size, 1, " token")

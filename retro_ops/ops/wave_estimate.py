@@ -45,11 +45,12 @@ def wave_estimate(
     where the clusters of a row are sorted by score: the first max(round(retrieval_budget C),
     min_retrieved_clusters) are retrieved, the next round(estimation_budget C) are estimated, and C
     are the live clusters of the row. `estimator="mean"` has spread 0 and ranks by the softmax of
-    scale q . k alone, as the paper does. Ties go to the lower cluster.
+    scale q . k alone, as the paper does. Ties go to the lower cluster, a cluster without tokens
+    comes last, and a mass below e^-87 of the largest of its query counts as 0.
 
-    Source: RetroInfer (arXiv 2505.02922), sections 4.1 and 4.2; departs in ranking by mass and in the
-    spread: exp is convex, so the centroid alone gives a lower bound of the mass (the paper's eq. 3),
-    and (1 + spread) is the log1p-damped second-order correction of it.
+    Source: RetroInfer (arXiv 2505.02922), sections 4.1 and 4.2; departs in ranking by mass and in
+    the spread: exp is convex, so the centroid alone gives a lower bound of the mass (the paper's
+    eq. 3), and (1 + spread) is the log1p-damped second-order correction of it.
 
     Args:
         query: `[B, Hq, D]`, float32, bfloat16 or float16, any strides.
@@ -87,7 +88,7 @@ def wave_estimate(
 
 
 class Scores(NamedTuple):
-    """What `wave_estimate` ranks and sums; float64."""
+    """What `wave_estimate` ranks and sums."""
 
     log_mass: Tensor  # [B, Hkv, G, C]; -inf: no tokens, or not live
     score: Tensor  # [B, Hkv, C]; -1: no tokens, or not live
@@ -102,21 +103,22 @@ def reference_scores(
     counters: Tensor,
     estimator: str,
     scale: float,
+    dtype: torch.dtype = torch.float64,
 ) -> Scores:
-    """Scores of all clusters in plain torch, float64."""
+    """Scores of all clusters in plain torch; arithmetic in `dtype`."""
     rows, query_heads, head_dim = query.shape
     heads, clusters = centroids.shape[2:4]
-    grouped = query.double().view(rows, heads, query_heads // heads, head_dim)
-    logit = scale * grouped @ centroids[0].double().transpose(-1, -2)
-    size = offsets.diff(dim=-1).double()[:, :, None]
+    grouped = query.to(dtype).view(rows, heads, query_heads // heads, head_dim)
+    logit = scale * grouped @ centroids[0].to(dtype).transpose(-1, -2)
+    size = offsets.diff(dim=-1).to(dtype)[:, :, None]
     live = torch.arange(clusters, device=query.device) < counters[:, Counter.CLUSTERS, None]
     live = live[:, None, None] & (size > 0)
     spread = torch.zeros_like(logit)
     if estimator == "variance":
-        total = residuals.double().sum(dim=-1)[:, :, None, None]
-        weighted = (grouped.square() * residuals.double()[:, :, None]).sum(dim=-1, keepdim=True)
+        total = residuals.to(dtype).sum(dim=-1)[:, :, None, None]
+        weighted = (grouped.square() * residuals.to(dtype)[:, :, None]).sum(dim=-1, keepdim=True)
         per_variance = torch.where(total > 0, scale**2 / 2 * weighted / total, 0.0)
-        spread = per_variance * variances.double()[:, :, None]
+        spread = per_variance * variances.to(dtype)[:, :, None]
     log_mass = (logit + size.log() + spread.log1p()).masked_fill(~live, -torch.inf)
     ranked = log_mass if estimator == "variance" else logit.masked_fill(~live, -torch.inf)
     score = ranked.softmax(dim=-1).sum(dim=2).masked_fill(~live[:, :, 0], -1.0)
@@ -136,10 +138,11 @@ def reference(
     estimation_budget: float,
     estimator: str,
     scale: float,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`wave_estimate` in plain torch, float64."""
+    """`wave_estimate` in plain torch; arithmetic in `dtype`."""
     scores = reference_scores(
-        query, centroids, offsets, variances, residuals, counters, estimator, scale
+        query, centroids, offsets, variances, residuals, counters, estimator, scale, dtype
     )
     rows, heads, clusters = scores.score.shape
     order = scores.score.sort(dim=-1, descending=True, stable=True).indices
@@ -154,7 +157,7 @@ def reference(
     log_mass = scores.log_mass.masked_fill(~estimated, -torch.inf)
     lse = log_mass.logsumexp(dim=-1)
     weights = (log_mass - lse[..., None]).exp().nan_to_num(0.0)
-    estimate = weights @ centroids[1].double()
+    estimate = weights @ centroids[1].to(dtype)
     return retrieved.int(), estimate.flatten(1, 2), lse.flatten(1, 2)
 
 
@@ -198,17 +201,23 @@ def _(
         ("counters", counters),
     ):
         contract.check_device(OP, name, tensor, query, "query")
-    for name, budget in (
-        ("retrieval_budget", retrieval_budget),
-        ("estimation_budget", estimation_budget),
-    ):
-        torch._check(
-            0.0 <= budget <= 1.0, lambda: f"{OP}: {name} must lie in 0..1, got {budget:g}"
-        )
+    contract.check_fraction(OP, "retrieval_budget", retrieval_budget)
+    contract.check_fraction(OP, "estimation_budget", estimation_budget)
+    contract.check_not_negative(OP, "min_retrieved_clusters", min_retrieved_clusters)
     torch._check(
         estimator in ESTIMATORS,
         lambda: f"{OP}: estimator must be 'variance' or 'mean', got '{estimator}'",
     )
+    # In a graph for any number of clusters the kernel alone checks, at every call.
+    if isinstance(clusters, int) and isinstance(max_retrieved, int):
+        needed = retrieved_count(retrieval_budget, min_retrieved_clusters, clusters)
+        torch._check(
+            max_retrieved >= needed,
+            lambda: (
+                f"{OP}: max_retrieved must be at least {needed} for {clusters} clusters at these "
+                f"budgets, got {max_retrieved}"
+            ),
+        )
     return (
         query.new_empty((rows, heads, max_retrieved), dtype=torch.int32),
         query.new_empty((rows, query_heads, head_dim), dtype=torch.float32),

@@ -1,0 +1,186 @@
+"""One decode step of one layer: dense attention against a RetroLayer, in turn in one run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from retro_ops import RetroConfig, RetroLayer
+from retro_ops.benchmarks import machine
+from retro_ops.benchmarks.timing import Timing, time_in_turn
+from retro_ops.testing import (
+    assert_within_budget,
+    dense_attention,
+    make_kv,
+    make_query,
+    relative_error,
+)
+
+# The attention of Llama-3-8B.
+QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+CHECKED_TOKENS = 4096
+QUERIES = 16
+"""Steps in a row ask for different tokens, so that none finds its clusters in a cache."""
+
+
+COLUMNS = (
+    *("dtype", "keys", "context", "batch", "attention", "us", "us_20", "us_80", "bytes"),
+    *("gb_per_s", "copy_percent", "ratio", "error", "note"),
+)
+"""What a table shows of a row; the machine is in its title."""
+
+
+def dense_gqa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """torch's attention with its support for grouped heads."""
+    return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+
+def dense_folded(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """torch's attention with the query heads of a KV head as rows of one head."""
+    rows, query_heads, _, head_dim = query.shape
+    folded = query.view(rows, keys.shape[1], query_heads // keys.shape[1], head_dim)
+    return scaled_dot_product_attention(folded, keys, values).view(query.shape)
+
+
+DENSE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "gqa": dense_gqa,
+    "folded": dense_folded,
+}
+
+
+def check(device: torch.device, dtype: torch.dtype) -> None:
+    """Asserts that what is timed is right: everything retrieved is dense attention."""
+    keys, values = make_kv(1, KV_HEADS, CHECKED_TOKENS, HEAD_DIM, dtype=dtype, device=device)
+    query = make_query(keys, QUERY_HEADS)
+    layer = make_layer(RetroConfig(retrieval_budget=1.0), keys)
+    layer.prefill(keys[:, :, :-1], values[:, :, :-1])
+    exact = dense_attention(query.double(), keys.double(), values.double())
+    eager = dense_attention(query, keys, values)
+    out = layer.decode(query, keys[:, :, -1:], values[:, :, -1:])
+    assert_within_budget(out, exact, eager, "retro")
+    for name, dense in DENSE.items():
+        error = relative_error(dense(query, keys, values), exact)
+        assert error < 0.02, f"dense {name} errs by {error:.3g}"
+
+
+def make_layer(config: RetroConfig, keys: Tensor, *, spare_tokens: int = 1024) -> RetroLayer:
+    """A layer with room for `keys` `[B, Hkv, T, D]` and some tokens more."""
+    return RetroLayer(
+        config,
+        batch_size=keys.shape[0],
+        num_query_heads=QUERY_HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_length=keys.shape[2] + spare_tokens,
+        dtype=keys.dtype,
+        device=keys.device,
+    )
+
+
+def run(
+    *,
+    device: torch.device,
+    contexts: Sequence[int],
+    batch_sizes: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    kinds: Sequence[str],
+    config: RetroConfig,
+    rounds: int,
+) -> Iterator[list[dict[str, object]]]:
+    """Rows of figures, for one combination after another.
+
+    Raises:
+        AssertionError: retro or dense attention is wrong; nothing is timed then.
+    """
+    for dtype in dtypes:
+        check(device, dtype)
+    facts = machine.facts(device)
+    copy = machine.copy_gb_per_s(device)
+    for dtype in dtypes:
+        for kind in kinds:
+            for tokens in contexts:
+                for rows in batch_sizes:
+                    case = {
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "keys": kind,
+                        "context": tokens,
+                        "batch": rows,
+                    }
+                    try:
+                        figures = _measure(device, dtype, kind, tokens, rows, config, rounds, copy)
+                    except (torch.OutOfMemoryError, RuntimeError) as error:
+                        if "memory" not in str(error):
+                            raise
+                        figures = [{"attention": "both", "note": "does not fit in memory"}]
+                    yield [{**case, **figure, **facts} for figure in figures]
+
+
+def _measure(
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: str,
+    tokens: int,
+    rows: int,
+    config: RetroConfig,
+    rounds: int,
+    copy_gb_per_s: float,
+) -> list[dict[str, object]]:
+    keys, values = make_kv(rows, KV_HEADS, tokens, HEAD_DIM, kind=kind, dtype=dtype, device=device)
+    layer = make_layer(config, keys)
+    layer.prefill(keys[:, :, :-1], values[:, :, :-1])
+    last = keys[:, :, -1:].clone(), values[:, :, -1:].clone()
+    queries = [make_query(keys, QUERY_HEADS, seed=seed) for seed in range(QUERIES)]
+    error = _error(layer.decode(queries[0], *last), queries[0], keys, values)
+
+    turn = {"step": 0}
+
+    def retro() -> Tensor:
+        turn["step"] += 1
+        return layer.decode(queries[turn["step"] % QUERIES], *last)
+
+    calls: dict[str, Callable[[], object]] = {
+        f"dense {name}": functools.partial(dense, queries[0], keys, values)
+        for name, dense in DENSE.items()
+    }
+    timings = time_in_turn(device, {**calls, "retro": retro}, rounds=rounds)
+    dense_name = min(calls, key=lambda name: timings[name].median_us)
+    dense_bytes = 2 * keys.numel() * keys.element_size()
+    retro_bytes = rows * layer.stats()["bytes_read_per_token"]
+
+    def figure(name: str, timing: Timing, bytes_: int, error: float) -> dict[str, object]:
+        gb_per_s = bytes_ / timing.median_us / 1e3
+        return {
+            "attention": name,
+            "us": timing.median_us,
+            "us_20": timing.low_us,
+            "us_80": timing.high_us,
+            "bytes": bytes_,
+            "gb_per_s": gb_per_s,
+            "copy_percent": 100 * gb_per_s / copy_gb_per_s,
+            "ratio": timings[dense_name].median_us / timing.median_us,
+            "error": error,
+        }
+
+    dense_error = _error(DENSE[dense_name[6:]](queries[0], keys, values), queries[0], keys, values)
+    return [
+        figure(dense_name, timings[dense_name], dense_bytes, dense_error),
+        figure("retro", timings["retro"], retro_bytes, error),
+    ]
+
+
+def _error(out: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> float:
+    """Relative error against float64, head by head: all heads at once would not fit in memory."""
+    group = query.shape[1] // keys.shape[1]
+    exact = [
+        dense_attention(
+            query[:, head * group : (head + 1) * group].double(),
+            keys[:, head : head + 1].double(),
+            values[:, head : head + 1].double(),
+        )
+        for head in range(keys.shape[1])
+    ]
+    return relative_error(out, torch.cat(exact, dim=1))

@@ -1,0 +1,60 @@
+"""What a figure was measured on, and what that machine can do."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import retro_ops
+from retro_ops.benchmarks.timing import time_in_turn
+
+COPY_BYTES = 1 << 28
+"""Larger than any cache."""
+
+
+def facts(device: torch.device) -> dict[str, str]:
+    """Machine, versions, commit and date, for every row."""
+    return {
+        "machine": name(device),
+        "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
+        "kernels": torch.ops.retro.cpu_kernels("") if device.type == "cpu" else "cuda",
+        "torch": torch.__version__,
+        "retro_ops": retro_ops.__version__,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def name(device: torch.device) -> str:
+    """The model of a processor or GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.is_file():
+        for line in cpu_info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def copy_gb_per_s(device: torch.device) -> float:
+    """Bandwidth of copying a large tensor, bytes read and written counted."""
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    timing = time_in_turn(device, {"copy": lambda: target.copy_(source)}, rounds=15)["copy"]
+    return 2 * COPY_BYTES / timing.median_us / 1e3
+
+
+def _commit() -> str:
+    """The commit of the checkout, with + if it has changes; empty outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return ""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True
+    )
+    return described.stdout.strip()

@@ -1,0 +1,36 @@
+"""What tests of ops share: the device they run on, and settings that no test leaves changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# No test asks the network for a model; transformers reads this when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+import retro_ops  # noqa: F401  (registers the ops)
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def settings_are_restored() -> Iterator[None]:
+    kernels, threads = torch.ops.retro.cpu_kernels(""), torch.get_num_threads()
+    yield
+    torch.ops.retro.cpu_kernels(kernels)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """For many small calls: where another process holds a core, threads wait longer than they work.
+
+    `assert_repeats` asserts that more threads give the same bits.
+    """
+    torch.set_num_threads(1)

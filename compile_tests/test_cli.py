@@ -1,0 +1,154 @@
+"""The command line: what it prints, what it writes, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from retro_ops.cli import main
+from retro_ops.models.prose import haystack, make_needle, prose
+
+SMALL = ["demo", "--context", "2048", "--questions", "4"]
+
+
+def test_demo_shows_and_writes_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "figures.json"
+    assert main([*SMALL, "--batch-size", "2", "--json", str(file)]) == 0
+    dense, retro = json.loads(file.read_text())
+    assert (dense["attention"], retro["attention"]) == ("dense", "retro")
+    for result in (dense, retro):
+        assert result["right"] == result["questions"] == 8
+        assert result["step_milliseconds"] > 0
+    assert dense["build_seconds"] == 0 < retro["build_seconds"] < retro["prefill_seconds"]
+    # 4 layers, keys and values, 2 KV heads, 64 numbers of 4 bytes, for every token so far
+    assert dense["kv_bytes_per_token"] == 4 * 2 * 2 * 64 * 4 * (2048 + 4 * 5)
+    assert 0 < retro["kv_bytes_per_token"] < dense["kv_bytes_per_token"]
+
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.isascii()
+    assert "128 records in 2,048 tokens" in printed.out
+    lines = printed.out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["attention", "dense", "retro"]
+    assert all("8 of 8" in line for line in lines[2:])
+
+
+def test_demo_compiles(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    assert main([*SMALL, "--attention", "retro", "--compile", "--json", str(file)]) == 0
+    (retro,) = json.loads(file.read_text())
+    assert retro["right"] == 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_module_and_script_run(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("retro")
+    for command in ([sys.executable, "-m", "retro_ops"], [str(script)]):
+        ran = subprocess.run([*command, "info"], capture_output=True, text=True, cwd=tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        assert "CPU kernels" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "required: COMMAND"),
+        (["dance"], "invalid choice: 'dance'"),
+        (["demo", "--attention", "sparse"], "names out of dense,retro, got 'sparse'"),
+        (["demo", "--context", "0"], "whole number from 1 on, got '0'"),
+        (["demo", "--context", "many"], "whole number from 1 on, got 'many'"),
+        (["demo", "--max-new-tokens", "1"], "whole number from 2 on, got '1'"),
+        (["demo", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["demo", "--device", "abacus"], "must be one of cpu"),
+        (["demo", "--device", "cuda:99"], "got 'cuda:99'"),
+        (["demo", "--json", "/no/such/folder/figures.json"], "cannot write '/no/such/folder"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    check_one_line(capsys, words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--retrieval-budget", "1.5"], "retrieval_budget must lie in 0..1, got 1.5"),
+        (["--estimation-budget", "-1"], "estimation_budget must lie in 0..1, got -1"),
+        (["--estimator", "guess"], "estimator must be one of variance, mean, got 'guess'"),
+        (["--records", "300"], "records must lie in 1 .. 256"),
+        (["--questions", "129"], "questions must lie in 1 .. 128"),
+        (["--model", "/no/such/model"], "no model '/no/such/model'"),
+        (["--data-path", "/no/such/file.json"], "cannot read /no/such/file.json: No such file"),
+    ],
+)
+def test_bad_input(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, *arguments]) == 2
+    check_one_line(capsys, words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("not json", "is not JSON"),
+        ("[]", "must hold a list of prompts"),
+        ('{"input": "x"}', "must hold a list of prompts"),
+        ('[{"outputs": "x"}]', "prompt 0 has no text 'input'"),
+        ('[{"input": 3}]', "prompt 0 has no text 'input'"),
+        ('[{"input": "a", "outputs": "b"}, {"input": " \\n"}]', "'input' of prompt 1 is empty"),
+        ('[{"input": "a", "outputs": ["b"]}]', "'outputs' of prompt 0 must be a text"),
+    ],
+)
+def test_bad_prompts(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.json"
+    file.write_text(text)
+    assert main(["demo", "--data-path", str(file)]) == 2
+    check_one_line(capsys, words)
+
+
+def check_one_line(capsys: pytest.CaptureFixture[str], words: str) -> None:
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("retro_ops")
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])
+def test_haystack_hides_its_needle(depth: float) -> None:
+    needle = make_needle(3)
+    text = haystack(needle, 500, depth, lambda text: len(text.split()), seed=1)
+    assert text.count(needle.fact) == 1
+    assert text.count(needle.answer) == 1
+    assert text.endswith(needle.question)
+    assert 400 <= len(text.split()) <= 500
+    before = len(text.split(needle.fact)[0].split()) / len(text.split())
+    assert abs(before - depth) < 0.1
+
+
+def test_haystack_rejects() -> None:
+    with pytest.raises(ValueError, match=r"depth must lie in 0\.\.1, got 1\.5"):
+        haystack(make_needle(0), 500, 1.5, len)
+    with pytest.raises(ValueError, match="do not fit in 10 tokens"):
+        haystack(make_needle(0), 10, 0.5, len)
+
+
+def test_prose_varies_and_repeats_itself() -> None:
+    one, same, other = prose(0), prose(0), prose(1)
+    paragraphs = [one() for _ in range(50)]
+    assert paragraphs == [same() for _ in range(50)]
+    assert paragraphs != [other() for _ in range(50)]
+    sentences = [s for paragraph in paragraphs for s in paragraph.split(". ")]
+    assert len(set(sentences)) > 0.95 * len(sentences)
+    assert "{" not in "".join(paragraphs)

@@ -1,0 +1,146 @@
+"""A real model answers from anywhere in a long context: the recall model and its task."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel
+
+from retro_ops.models import RetroCache, load_model
+from retro_ops.models.recall import make_task, train
+from retro_ops.models.recall.task import FILLER, KEYS, QUESTION, VALUES
+
+
+@given(
+    st.integers(8, 600).flatmap(
+        lambda context: st.tuples(st.just(context), st.integers(1, context // 8))
+    ),
+    st.integers(1, 3),
+    st.integers(0, 99),
+    st.data(),
+)
+@settings(deadline=None, derandomize=True, max_examples=50)
+def test_answers_of_a_task_follow_their_keys(
+    sizes: tuple[int, int], batch_size: int, seed: int, data: st.DataObject
+) -> None:
+    context, records = sizes
+    questions = data.draw(st.integers(1, records))
+    task = make_task(context, records, questions, batch_size=batch_size, seed=seed)
+    assert task.body.shape == (batch_size, context)
+    for body, asked, answers in zip(*task, strict=True):
+        pairs = [tuple(pair) for pair in zip(body.tolist(), body[1:].tolist(), strict=False)]
+        for question, answer in zip(asked.tolist(), answers.tolist(), strict=True):
+            assert question[0] == QUESTION
+            places = [t for t, pair in enumerate(pairs) if pair == tuple(question[1:])]
+            assert len(places) == 1
+            assert body[places[0] + 2 : places[0] + 4].tolist() == answer
+        kinds = [sum(int(token) in kind for token in body) for kind in (KEYS, VALUES, FILLER)]
+        assert kinds == [2 * records, 2 * records, context - 4 * records]
+    again = make_task(context, records, questions, batch_size=batch_size, seed=seed)
+    assert all(torch.equal(one, other) for one, other in zip(task, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((7, 1, 1), "context must be at least 8 tokens, got 7"),
+        ((80, 11, 1), r"records must lie in 1 .. 10 in a context of 80 tokens, got 11"),
+        ((80, 0, 1), "records must lie in 1 .. 10"),
+        ((80, 5, 6), r"questions must lie in 1 .. 5, one for each record, got 6"),
+    ],
+)
+def test_task_rejects(arguments: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_task(*arguments)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        make_task(80, 5, 5, batch_size=0)
+
+
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_training_learns_answers_only(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "TOKENS_PER_STEP", 8192)
+    ids, answers = train.make_batch(tokens, torch.Generator().manual_seed(0))
+    assert ids.shape == (8192 // tokens, tokens)
+    for row, places in zip(ids.tolist(), answers.tolist(), strict=True):
+        body = row[: tokens // 4 * 3]
+        records = {
+            tuple(body[t : t + 2]): body[t + 2 : t + 4]
+            for t in range(len(body) - 3)
+            if body[t] in KEYS and body[t + 1] in KEYS
+        }
+        for before_first, before_second in places:
+            assert row[before_first - 2] == QUESTION
+            asked = tuple(row[before_first - 1 : before_first + 1])
+            assert [row[before_first + 1], row[before_second + 1]] == records[asked]
+
+
+def test_training_keys_are_distinct() -> None:
+    pairs = train.distinct_pairs(2, 65536, torch.Generator().manual_seed(0))
+    for row in pairs.tolist():
+        assert len({tuple(pair) for pair in row}) == 65536
+    assert not torch.equal(pairs[0], pairs[1])
+
+
+def test_training_makes_the_model_of_the_package() -> None:
+    ours, packaged = train.make_model(), load_model("recall", device="cpu")
+    shapes = {name: parameter.shape for name, parameter in packaged.named_parameters()}
+    assert {name: parameter.shape for name, parameter in ours.named_parameters()} == shapes
+    assert ours.config.rope_parameters == packaged.config.rope_parameters
+    assert train.accuracy(packaged, 2048, 100) == 1.0
+
+
+def ask(
+    model: PreTrainedModel, cache: Cache, body: Tensor, questions: Tensor, **kwargs: object
+) -> Tensor:
+    """Answers `[Q, 2]` to questions `[Q, 3]`, one after another in one context, by generate."""
+    ids, answers = body, []
+    for question in questions:
+        ids = torch.cat((ids, question[None]), dim=1)
+        ids = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=2,
+            do_sample=False,
+            pad_token_id=0,
+            **kwargs,
+        )
+        answers.append(ids[0, -2:])
+    return torch.stack(answers)
+
+
+def test_recalls_wherever_dense_attention_does() -> None:
+    """2,048 records in 32,768 tokens, 64 questions, default settings, eager and compiled."""
+    context, questions = 32768, 64
+    task = make_task(context, 2048, questions)
+    truth = task.answers[0]
+    model = load_model("recall", dtype=torch.bfloat16, device="cpu")
+    max_length = context + 5 * questions
+    retro = RetroCache(model.config, max_cache_len=max_length)
+    model(task.body, past_key_values=retro, logits_to_keep=1)
+    assert retro.stats()["clusters"] == 4 * 2044  # layers, round(32700 / 16)
+    compiled = copy.deepcopy(retro)
+
+    answers = {"eager": ask(model, retro, task.body, task.questions[0])}
+    torch.compiler.reset()
+    every_device = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    every_device._compile_all_devices = True
+    answers["compiled"] = ask(
+        model, compiled, task.body, task.questions[0], compile_config=every_device
+    )
+    assert compiled.stats() | {"build_seconds": 0} == retro.stats() | {"build_seconds": 0}
+
+    model.set_attn_implementation("sdpa")
+    dense_cache = DynamicCache(config=model.config)
+    model(task.body, past_key_values=dense_cache, logits_to_keep=1)
+    dense = ask(model, dense_cache, task.body, task.questions[0])
+    dense_right = (dense == truth).all(dim=1)
+    assert int(dense_right.sum()) == questions  # so that the question has a meaning
+    for kind, given_answers in answers.items():
+        right = (given_answers == truth).all(dim=1)
+        assert int((right & dense_right).sum()) == questions, kind

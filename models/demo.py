@@ -1,0 +1,277 @@
+"""The demos: the same questions about long contexts, with dense and with retro attention."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from retro_ops import RetroConfig
+from retro_ops.models.cache import RetroCache
+from retro_ops.models.generate import Decoder, kv_bytes_per_token, make_cache
+from retro_ops.models.prose import haystack, make_needle
+from retro_ops.models.recall import make_task
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, steps done, and steps in all."""
+
+
+class Prompt(NamedTuple):
+    """A text to continue, and what the continuation should contain (may be empty: anything)."""
+
+    input: str
+    outputs: str
+
+
+@dataclass
+class Result:
+    """What one kind of attention did with the questions."""
+
+    attention: str
+    right: int = 0
+    questions: int = 0
+    prefill_seconds: float = 0.0
+    """Of all prompts, the index build included."""
+    build_seconds: float = 0.0
+    """Of it, what indexing the prompts took; 0 for dense."""
+    first_step_seconds: float = 0.0
+    """The first decode step of all, which compiles if anything does."""
+    step_milliseconds: float = 0.0
+    """Median over the other decode steps, one token of each row of the batch."""
+    kv_bytes_per_token: int = 0
+    """Keys, values and index that a step of one row reads, over all layers."""
+    answers: list[str] = field(default_factory=list)
+    """Of text prompts: the continuations."""
+
+
+def recall_demo(
+    model: PreTrainedModel,
+    *,
+    context: int,
+    records: int,
+    questions: int,
+    batch_size: int,
+    attentions: Sequence[str],
+    config: RetroConfig | None = None,
+    compile_step: bool = False,
+    seed: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> list[Result]:
+    """Asks a recall model about records planted in a context, one question after another.
+
+    Args:
+        model: a recall model, on its device.
+        context, records, questions, batch_size, seed: see `make_task`.
+        attentions: "dense", "retro" or both.
+        config: budgets and sizes of retro; None: the defaults.
+        compile_step: compile retro's decode step.
+        progress: told about every question.
+
+    Raises:
+        ValueError: a number is out of range, or the model's vocabulary is not that of the task.
+    """
+    if model.config.vocab_size != 1024:
+        raise ValueError(
+            f"not a recall model: its vocabulary has {model.config.vocab_size} tokens, not 1024; "
+            "give other models text with --data-path"
+        )
+    task = make_task(context, records, questions, batch_size=batch_size, seed=seed)
+    results = []
+    for attention in attentions:
+        decoder = Decoder(
+            model,
+            attention,
+            batch_size=batch_size,
+            max_length=context + 5 * questions,
+            config=config,
+            compile_step=compile_step,
+        )
+        progress(f"{attention}: reading {context:,} tokens", 0, questions)
+        body, asked, truth = (part.to(model.device) for part in task)
+        decoder.prefill(body)
+        right = 0
+        for q in range(questions):
+            progress(f"{attention}: asking", q, questions)
+            for token in range(3):
+                logits = decoder.step(asked[:, q, token, None])
+            first = logits.argmax(dim=1, keepdim=True)
+            second = decoder.step(first).argmax(dim=1, keepdim=True)
+            decoder.step(second)
+            right += int((torch.cat((first, second), dim=1) == truth[:, q]).all(dim=1).sum())
+        progress(f"{attention}: asking", questions, questions)
+        results.append(
+            Result(
+                attention=attention,
+                right=right,
+                questions=batch_size * questions,
+                prefill_seconds=decoder.prefill_seconds,
+                build_seconds=_build_seconds(decoder.cache),
+                first_step_seconds=decoder.step_seconds[0],
+                step_milliseconds=1e3 * statistics.median(decoder.step_seconds[1:]),
+                kv_bytes_per_token=kv_bytes_per_token(decoder.cache, batch_size),
+            )
+        )
+    return results
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts from a JSON file: `[{"input": str, "outputs": str}, ...]`.
+
+    Raises:
+        ValueError: the file cannot be read, is not of that form, or has an empty input.
+    """
+    try:
+        entries = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    form = '[{"input": str, "outputs": str}, ...]'
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} must hold a list of prompts, {form}")
+    prompts = []
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("input"), str):
+            raise ValueError(f"{path}: prompt {number} has no text 'input'; the form is {form}")
+        outputs = entry.get("outputs", "")
+        if not isinstance(outputs, str):
+            raise ValueError(
+                f"{path}: 'outputs' of prompt {number} must be a text, got {outputs!r}"
+            )
+        if not entry["input"].strip():
+            raise ValueError(f"{path}: 'input' of prompt {number} is empty")
+        prompts.append(Prompt(entry["input"], outputs))
+    return prompts
+
+
+def hidden_facts(
+    tokenizer: Any, tokens: int, depths: Sequence[float], *, seed: int = 0
+) -> list[Prompt]:
+    """Prompts of about `tokens` tokens of prose, each with a fact hidden at one of the depths."""
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    prompts = []
+    for number, depth in enumerate(depths):
+        needle = make_needle(1000 * seed + number)
+        text = haystack(needle, tokens, depth, count_tokens, seed=1000 * seed + number)
+        prompts.append(Prompt(text, needle.answer))
+    return prompts
+
+
+class _StepTimes(StoppingCriteria):
+    """Stops nothing; notes when each new token is there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.moments = [self.now()]
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.moments.append(self.now())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def text_demo(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    attentions: Sequence[str],
+    config: RetroConfig | None = None,
+    compile_step: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> list[Result]:
+    """Continues prompts by `model.generate`, greedily, and looks for the expected outputs.
+
+    Args:
+        model: on its device.
+        tokenizer: the model's, padding on the left.
+        prompts: what to continue.
+        batch_size: prompts at once.
+        max_new_tokens: tokens to write, at least 2.
+        attentions: "dense", "retro" or both.
+        config: budgets and sizes of retro; None: the defaults.
+        compile_step: compile retro's decode step.
+        progress: told about every batch.
+
+    Raises:
+        ValueError: a number is out of range, or a prompt is longer than the model reads.
+    """
+    if batch_size < 1 or max_new_tokens < 2:
+        raise ValueError(
+            "batch size must be at least 1 and new tokens at least 2, "
+            f"got {batch_size} and {max_new_tokens}"
+        )
+    batches = [prompts[first : first + batch_size] for first in range(0, len(prompts), batch_size)]
+    encoded = []
+    limit = model.config.get_text_config().max_position_embeddings
+    for batch in batches:
+        inputs = tokenizer([p.input for p in batch], return_tensors="pt", padding=True)
+        tokens = inputs.input_ids.shape[1]
+        if tokens + max_new_tokens > limit:
+            raise ValueError(
+                f"a prompt of {tokens} tokens and {max_new_tokens} new ones exceed the "
+                f"{limit} tokens that the model reads; shorten the prompt"
+            )
+        encoded.append(inputs.to(model.device))
+    results = []
+    for attention in attentions:
+        result = Result(attention, questions=sum(bool(p.outputs) for p in prompts))
+        steps: list[float] = []
+        for number, (batch, inputs) in enumerate(zip(batches, encoded, strict=True)):
+            rows, tokens = inputs.input_ids.shape
+            progress(f"{attention}: reading {tokens:,} tokens", number, len(batches))
+            cache = make_cache(
+                model,
+                attention,
+                batch_size=rows,
+                max_length=tokens + max_new_tokens,
+                config=config,
+            )
+            times = _StepTimes(model.device)
+            compile_config = CompileConfig(fullgraph=True)
+            compile_config._compile_all_devices = True
+            with torch.inference_mode():
+                ids = model.generate(
+                    **inputs,
+                    past_key_values=cache,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    stopping_criteria=StoppingCriteriaList([times]),
+                    compile_config=compile_config if compile_step else None,
+                    disable_compile=not compile_step,
+                )
+            seconds = [end - begin for begin, end in itertools.pairwise(times.moments)]
+            result.prefill_seconds += seconds[0]
+            result.build_seconds += _build_seconds(cache)
+            steps += seconds[1:]
+            result.kv_bytes_per_token = kv_bytes_per_token(cache, rows)
+            answers = tokenizer.batch_decode(ids[:, tokens:], skip_special_tokens=True)
+            for prompt, answer in zip(batch, answers, strict=True):
+                result.right += bool(prompt.outputs) and prompt.outputs.strip() in answer
+                result.answers.append(answer)
+        progress(f"{attention}: done", len(batches), len(batches))
+        result.first_step_seconds = steps[0] if steps else 0.0
+        result.step_milliseconds = 1e3 * statistics.median(steps[1:] or steps or [0.0])
+        results.append(result)
+    return results
+
+
+def _build_seconds(cache: Any) -> float:
+    return float(cache.stats()["build_seconds"]) if isinstance(cache, RetroCache) else 0.0

@@ -1,0 +1,124 @@
+"""A model fed token by token, with dense or retro attention, and what a step of it costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from retro_ops import RetroConfig
+from retro_ops.models.attention import NAME
+from retro_ops.models.cache import RetroCache
+
+ATTENTIONS = {"dense": "sdpa", "retro": NAME}
+"""Kinds of attention by the names that commands take; the values are transformers' names."""
+
+
+def make_cache(
+    model: PreTrainedModel,
+    attention: str,
+    *,
+    batch_size: int,
+    max_length: int,
+    config: RetroConfig | None = None,
+) -> Cache:
+    """Sets the model to one kind of attention and makes the cache that belongs to it.
+
+    Args:
+        model: on its device.
+        attention: "dense" (transformers' sdpa and DynamicCache) or "retro".
+        batch_size: rows.
+        max_length: tokens that a row can come to hold.
+        config: budgets and sizes of retro; None: the defaults.
+
+    Raises:
+        ValueError: an unknown kind, or retro attention cannot serve the model.
+    """
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+    if attention == "dense":
+        cache: Cache = DynamicCache(config=model.config)
+    else:
+        cache = RetroCache(model.config, config, max_cache_len=max_length, batch_size=batch_size)
+    model.set_attn_implementation(ATTENTIONS[attention])
+    return cache
+
+
+def kv_bytes_per_token(cache: Cache, batch_size: int) -> int:
+    """Bytes of keys, values and index that the next step of one row reads, over all layers.
+
+    Layers of a RetroCache count what they read on average; any other layer is read whole.
+    """
+    total = 0
+    if isinstance(cache, RetroCache):
+        total = int(cache.stats().get("bytes_read_per_token", 0))
+    for layer in cache.layers:
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor):
+            total += 2 * keys.numel() * keys.element_size() // batch_size
+    return total
+
+
+class Decoder:
+    """One batch of rows of equal length: a prompt at once, then a token of each row at a time.
+
+    A retro step is compiled into one graph, if asked for. A dense one is not: its cache grows, and
+    transformers' cache of fixed size is several times slower on a CPU.
+
+    Args:
+        model, attention, batch_size, max_length, config: as in `make_cache`.
+        compile_step: compile the step of retro attention.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attention: str,
+        *,
+        batch_size: int,
+        max_length: int,
+        config: RetroConfig | None = None,
+        compile_step: bool = False,
+    ) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        self.cache = make_cache(
+            model, attention, batch_size=batch_size, max_length=max_length, config=config
+        )
+        self.prefill_seconds = 0.0
+        self.step_seconds: list[float] = []
+        """Of each step so far; the first one compiles, if anything does."""
+        # Steps read the same memory: strides that differ from call to call would compile anew.
+        self._ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
+        self._forward: Callable[..., Any] = model.forward
+        if compile_step and attention == "retro":
+            self._forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Logits `[B, V]` of the token that follows the prompt `[B, T]`."""
+        begin = self._now()
+        logits = self._run(self.model.forward, ids)
+        self.prefill_seconds = self._now() - begin
+        return logits
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Logits `[B, V]` of the token that follows `ids` `[B, 1]`."""
+        begin = self._now()
+        self._ids.copy_(ids)
+        logits = self._run(self._forward, self._ids)
+        self.step_seconds.append(self._now() - begin)
+        return logits
+
+    @torch.inference_mode()
+    def _run(self, forward: Callable[..., Any], ids: Tensor) -> Tensor:
+        out = forward(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1]
+
+    def _now(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()

@@ -1,0 +1,183 @@
+"""Trains a recall model from scratch on one GPU.
+
+    python -m retro_ops.models.recall.train OUT          # recalls up to 32K tokens
+    python -m retro_ops.models.recall.train OUT --long   # up to 128K
+
+Sequences grow from 256 tokens on. Three quarters of each are a body with records, of a density that
+is drawn anew for every step; the rest are questions about it, and only their answers are learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from retro_ops.models.recall.task import (
+    FILLER,
+    KEYS,
+    QUESTION,
+    RECORD_TOKENS,
+    TOKENS_PER_RECORD,
+    VALUES,
+    make_task,
+)
+
+TOKENS_PER_STEP = 1 << 18
+SCHEDULE = ((256, 90), (1024, 60), (4096, 80), (16384, 120), (32768, 110))
+"""Tokens of a sequence, and seconds of training with it."""
+LONG_SCHEDULE = (*SCHEDULE, (65536, 110), (131072, 270))
+FIRST_RATE, LAST_RATE = 1e-3, 4e-4
+LOWEST_DENSITY = 0.02
+QUESTION_TOKENS = 5
+
+
+def make_model() -> LlamaForCausalLM:
+    """The model of the task: 3 million parameters, random weights."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=1024,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=262144,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            rms_norm_eps=1e-6,
+        )
+    )
+
+
+def distinct_pairs(rows: int, count: int, generator: torch.Generator) -> Tensor:
+    """Random numbers below 256, `[rows, count, 2]`; no row has a pair twice.
+
+    A permutation of 65,536 numbers for each row would be large; a Feistel network with random
+    tables is one too, and is computed where it is needed.
+    """
+    device = generator.device
+    index = torch.arange(count, device=device).expand(rows, count)
+    left, right = index // 256, index % 256
+    for _ in range(4):
+        table = torch.randint(256, (rows, 256), generator=generator, device=device)
+        left, right = right, left ^ table.gather(1, right)
+    return torch.stack((left, right), dim=2)
+
+
+def make_batch(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sequences `[B, T]`, and the places `[B, Q, 2]` before the answers' tokens."""
+    device = generator.device
+    rows = TOKENS_PER_STEP // tokens
+    body_tokens = tokens // 4 * 3
+    slots = body_tokens // TOKENS_PER_RECORD
+    exponent = float(torch.rand((), generator=generator, device=device))
+    records = max(round(slots * LOWEST_DENSITY**exponent), 1)
+
+    ids = torch.randint(
+        FILLER.start, FILLER.stop, (rows, tokens), generator=generator, device=device
+    )
+    keys = KEYS.start + distinct_pairs(rows, records, generator)
+    values = torch.randint(
+        VALUES.start, VALUES.stop, (rows, records, 2), generator=generator, device=device
+    )
+    order = torch.rand(rows, slots, generator=generator, device=device).argsort(dim=1)
+    within = torch.randint(
+        TOKENS_PER_RECORD - RECORD_TOKENS + 1, (rows, records), generator=generator, device=device
+    )
+    place = TOKENS_PER_RECORD * order[:, :records] + within
+    place = place[..., None] + torch.arange(RECORD_TOKENS, device=device)
+    ids.scatter_(1, place.flatten(1), torch.cat((keys, values), dim=2).flatten(1))
+
+    questions = (tokens - body_tokens) // QUESTION_TOKENS
+    asked = torch.randint(records, (rows, questions), generator=generator, device=device)
+    asked = asked[..., None].expand(rows, questions, 2)
+    mark = torch.full((rows, questions, 1), QUESTION, device=device)
+    text = torch.cat((mark, keys.gather(1, asked), values.gather(1, asked)), dim=2)
+    ids[:, body_tokens : body_tokens + QUESTION_TOKENS * questions] = text.flatten(1)
+    first = body_tokens + QUESTION_TOKENS * torch.arange(questions, device=device)
+    answers = (first[:, None] + torch.tensor([2, 3], device=device)).expand(rows, questions, 2)
+    return ids, answers
+
+
+def train(
+    device: torch.device, schedule: tuple[tuple[int, int], ...], seed: int = 0
+) -> LlamaForCausalLM:
+    """A trained model; prints a line now and then."""
+    torch.manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    model = make_model().to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=FIRST_RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
+    total = sum(seconds for _, seconds in schedule)
+    begin = time.perf_counter()
+    stage_end = 0.0
+    step = 0
+    for tokens, seconds in schedule:
+        stage_end += seconds
+        next_line = 0.0
+        while (now := time.perf_counter() - begin) < stage_end:
+            # Warm-up, then a cosine from the first rate to the last.
+            rate = LAST_RATE + (FIRST_RATE - LAST_RATE) * (1 + math.cos(math.pi * now / total)) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min((step + 1) / 100, 1)
+            ids, answers = make_batch(tokens, generator)
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden = model.model(ids, use_cache=False).last_hidden_state
+                flat = answers.flatten(1)
+                asked = hidden.gather(1, flat[..., None].expand(*flat.shape, hidden.shape[2]))
+                logits = model.lm_head(asked)
+            truth = ids.gather(1, flat + 1)
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), truth.flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if now >= next_line:
+                right = (logits.argmax(dim=2) == truth).float().mean()
+                print(f"{now:6.0f} s, step {step}, {tokens} tokens, loss {loss:.3f}, {right:.1%}")
+                next_line = now + 20
+    return model.eval()
+
+
+@torch.inference_mode()
+def accuracy(model: LlamaForCausalLM, tokens: int, records: int, questions: int = 64) -> float:
+    """Share of questions, all asked in one context, whose answers are right."""
+    task = make_task(tokens, records, questions, seed=1)
+    text = torch.cat((task.questions, task.answers), dim=2).flatten(1)
+    ids = torch.cat((task.body, text), dim=1).to(model.device)
+    hidden = model.model(ids, use_cache=False).last_hidden_state[:, tokens:]
+    logits = model.lm_head(hidden.view(questions, QUESTION_TOKENS, -1)[:, 2:4])
+    right = logits.argmax(dim=2).cpu() == task.answers[0]
+    return float(right.all(dim=1).float().mean())
+
+
+def main() -> None:
+    """Trains, measures and saves."""
+    parser = argparse.ArgumentParser(description="Train a recall model.")
+    parser.add_argument("out", type=Path, help="directory to save to")
+    parser.add_argument("--long", action="store_true", help="for 128K tokens instead of 32K")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("training needs a GPU: it takes minutes there and days on a CPU")
+    schedule = LONG_SCHEDULE if options.long else SCHEDULE
+    model = train(torch.device("cuda"), schedule, options.seed).to(torch.bfloat16)
+    model.save_pretrained(options.out)
+    for tokens in (4096, 16384, 32768, *((65536, 131072) if options.long else ())):
+        shares = [accuracy(model, tokens, round(density * tokens / 8)) for density in (0.1, 0.5)]
+        print(f"{tokens} tokens, density 0.1 and 0.5: {shares[0]:.2f} and {shares[1]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
