@@ -18,6 +18,7 @@ OPS = (
     "append_tokens",
     "cluster_gather",
     "cluster_keys",
+    "decode_attention",
     "grow_index",
     "merged_attention",
     "pack_clusters",
@@ -27,6 +28,7 @@ OPS = (
 RESULTS = {
     "cluster_gather": [([2, 3, 8, 2], "torch.int64")],
     "cluster_keys": [([2, 3, 5], "torch.int32")],
+    "decode_attention": [([2, 6, 64], "torch.float32")],
     "merged_attention": [([2, 6, 64], "torch.float32"), ([2, 6], "torch.float32")],
     "no_backward": [([2, 3, 5, 64], "torch.float32")],
     "wave_estimate": [

@@ -47,41 +47,12 @@ void append_tokens(
     const Tensor& steady,
     const Tensor& counters,
     int64_t max_length) {
-  check_shape(kOp, "keys", keys, "B, Hkv, T, D", {kAny, kAny, kAny, kAny});
-  check_element_dtype(kOp, "keys", keys);
-  const int64_t batch = keys.size(0), heads = keys.size(1), tokens = keys.size(2);
-  const int64_t head_dim = keys.size(3);
-  check_head_dim(kOp, head_dim);
-  check_shape(kOp, "values", values, "B, Hkv, T, D", {batch, heads, tokens, head_dim});
-  check_dtype(kOp, "values", values, keys.scalar_type());
-  check_shape(kOp, "steady", steady, "2, B, Hkv, S, D", {2, batch, heads, kAny, head_dim});
-  check_dtype(kOp, "steady", steady, keys.scalar_type());
-  check_rows(kOp, "steady", steady);
-  check_counters(kOp, counters, batch);
-  check(max_length >= 0, kOp, "max_length must not be negative, got ", max_length);
-  Tensor contiguous_mask;
-  if (mask) {
-    check_shape(kOp, "mask", *mask, "B, T", {batch, tokens});
-    check_dtype(kOp, "mask", *mask, ScalarType::Bool);
-    contiguous_mask = torch::stable::contiguous(*mask);
-  }
-
-  const Tensor readable_keys = readable(keys), readable_values = readable(values);
-  AppendTokensParams params;
-  params.batch = batch;
-  params.heads = heads;
-  params.tokens = tokens;
-  params.element_bytes = static_cast<int64_t>(keys.element_size());
-  params.row_bytes = head_dim * params.element_bytes;
-  params.keys = rows_of(readable_keys);
-  params.values = rows_of(readable_values);
-  params.mask = mask ? static_cast<const bool*>(contiguous_mask.data_ptr()) : nullptr;
-  params.steady_keys = half_of(steady, 0);
-  params.steady_values = half_of(steady, 1);
-  params.counters = static_cast<int64_t*>(counters.data_ptr());
+  const Call<AppendTokensParams> call =
+      append_tokens_call(keys, values, mask, steady, counters, max_length);
+  const AppendTokensParams& params = call.params;
 
   // Everything is checked before anything is written, so that a refused call loses nothing.
-  for (int64_t b = 0; b < batch; ++b) {
+  for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t* row = params.counters + b * kCounters;
     check_count(kOp, b, row[kSteadyTokens], "steady tokens", "the steady zone", steady.size(3));
     const int64_t count = appended(params, b), length = row[kSteadyTokens] + row[kIndexedTokens];
@@ -90,12 +61,12 @@ void append_tokens(
         max_length, " tokens, ", count,
         " more do not fit; make the layer or cache with a larger max_length");
     check(
-        row[kSteadyTokens] + count <= steady.size(3), kOp, "the steady zone of ", steady.size(3),
-        " tokens holds ", row[kSteadyTokens], " of row ", b, ", ", count,
+        row[kSteadyTokens] + count <= params.steady_capacity, kOp, "the steady zone of ",
+        params.steady_capacity, " tokens holds ", row[kSteadyTokens], " of row ", b, ", ", count,
         " more do not fit; append fewer tokens at once");
   }
   copy_tokens(params);
-  for (int64_t b = 0; b < batch; ++b) {
+  for (int64_t b = 0; b < params.batch; ++b) {
     params.counters[b * kCounters + kSteadyTokens] += appended(params, b);
   }
 }

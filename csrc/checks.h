@@ -11,6 +11,8 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "counters.h"
 
@@ -100,12 +102,44 @@ inline void check_head_dim(const char* op, int64_t head_dim) {
       "head_dim must be a multiple of 16 from 16 to 256, got ", head_dim);
 }
 
+// CUDA kernels move 16 bytes at once, so every row must start at a multiple of that.
+inline bool has_vector_rows(const Tensor& tensor) {
+  constexpr int64_t kVectorBytes = 16;
+  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kVectorBytes != 0) return false;
+  const int64_t element_bytes = static_cast<int64_t>(tensor.element_size());
+  for (int64_t axis = 0; axis + 1 < tensor.dim(); ++axis) {
+    if (tensor.size(axis) > 1 && tensor.stride(axis) * element_bytes % kVectorBytes != 0)
+      return false;
+  }
+  return true;
+}
+
 // Kernels read whole rows; every other axis may have any stride.
 inline void check_rows(const char* op, const char* name, const Tensor& tensor) {
   check(
       tensor.numel() == 0 || tensor.stride(tensor.dim() - 1) == 1, op, name,
       " must have stride 1 on its last axis, since it is changed in place, got ",
       tensor.stride(tensor.dim() - 1));
+  check(
+      tensor.numel() == 0 || tensor.is_cpu() || has_vector_rows(tensor), op, name,
+      " must have rows that start at multiples of 16 bytes, since it is changed in place");
+}
+
+inline std::string device_name(const Tensor& tensor) {
+  const auto device = tensor.device();
+  if (!device.is_cuda()) return "cpu";
+  return "cuda:" + std::to_string(device.index());
+}
+
+inline void check_device(
+    const char* op,
+    const char* name,
+    const Tensor& tensor,
+    const Tensor& like,
+    const char* like_name) {
+  check(
+      tensor.device() == like.device(), op, name, " must be on ", device_name(like), " like ",
+      like_name, ", got ", device_name(tensor));
 }
 
 inline void check_contiguous(const char* op, const char* name, const Tensor& tensor) {
@@ -133,8 +167,24 @@ inline void check_count(
 
 // An input whose rows can be read in place, or a copy of it.
 inline Tensor readable(const Tensor& tensor) {
-  if (tensor.numel() == 0 || tensor.stride(tensor.dim() - 1) == 1) return tensor;
-  return torch::stable::contiguous(tensor);
+  if (tensor.numel() == 0) return tensor;
+  const bool rows = tensor.stride(tensor.dim() - 1) == 1;
+  if (rows && (tensor.is_cpu() || has_vector_rows(tensor))) return tensor;
+  const Tensor copy = torch::stable::contiguous(tensor);
+  if (copy.is_cpu() || has_vector_rows(copy)) return copy;
+  return torch::stable::clone(copy);
 }
+
+// What an op hands to its kernels, and the tensors that must live until they have been launched.
+template <typename Params>
+struct Call {
+  Params params;
+  std::vector<Tensor> held;
+
+  const Tensor& hold(Tensor tensor) {
+    held.push_back(std::move(tensor));
+    return held.back();
+  }
+};
 
 }  // namespace retro

@@ -12,6 +12,8 @@ enum Counter : int64_t {
   kUpdates,           // segments that have become clusters while decoding
   kRetrievedTokens,   // tokens retrieved so far, over KV heads and steps
   kSteps,             // decode steps so far
+  kDroppedTokens,     // tokens that did not fit; CUDA ops count them where CPU ops raise
+  kFinishedHeads,     // heads that the CUDA op now running has done; 0 between ops
   kCounters,
 };
 

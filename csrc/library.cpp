@@ -35,6 +35,12 @@ STABLE_TORCH_LIBRARY(retro, m) {
   m.def(
       "merged_attention(Tensor query, Tensor steady, Tensor store, Tensor addresses, "
       "Tensor counters, Tensor estimate, Tensor estimate_lse, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "decode_attention(Tensor query, Tensor steady, Tensor store, Tensor centroids, Tensor "
+      "offsets, "
+      "Tensor variances, Tensor residuals, Tensor(a!) counters, SymInt max_retrieved, "
+      "float retrieval_budget, int min_retrieved_clusters, float estimation_budget, str estimator, "
+      "float scale) -> Tensor");
 
   // What the backward pass of every op calls, for each argument; it raises.
   m.def("no_backward(Tensor grad, Tensor argument, str op) -> Tensor");

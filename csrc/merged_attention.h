@@ -22,4 +22,86 @@ struct MergedAttentionParams {
   float* lse;  // [B, Hkv, G], natural log
 };
 
+inline Call<MergedAttentionParams> merged_attention_call(
+    const Tensor& query,
+    const Tensor& steady,
+    const Tensor& store,
+    const Tensor& addresses,
+    const Tensor& counters,
+    const Tensor& estimate,
+    const Tensor& estimate_lse,
+    double scale) {
+  constexpr const char* kOp = "merged_attention";
+  check_shape(kOp, "query", query, "B, Hq, D", {kAny, kAny, kAny});
+  check_element_dtype(kOp, "query", query);
+  const int64_t batch = query.size(0), query_heads = query.size(1), head_dim = query.size(2);
+  check_head_dim(kOp, head_dim);
+  check_shape(kOp, "steady", steady, "2, B, Hkv, S, D", {2, batch, kAny, kAny, head_dim});
+  check_dtype(kOp, "steady", steady, query.scalar_type());
+  const int64_t heads = steady.size(2);
+  check(
+      heads > 0 && query_heads % heads == 0, kOp,
+      "query heads must be a multiple of KV heads, got ", query_heads, " and ", heads);
+  check_shape(kOp, "store", store, "2, B, Hkv, N, D", {2, batch, heads, kAny, head_dim});
+  check_dtype(kOp, "store", store, query.scalar_type());
+  check_shape(kOp, "addresses", addresses, "B, Hkv, R, 2", {batch, heads, kAny, 2});
+  check_dtype(kOp, "addresses", addresses, ScalarType::Long);
+  check_counters(kOp, counters, batch);
+  check_shape(kOp, "estimate", estimate, "B, Hq, D", {batch, query_heads, head_dim});
+  check_dtype(kOp, "estimate", estimate, ScalarType::Float);
+  check_shape(kOp, "estimate_lse", estimate_lse, "B, Hq", {batch, query_heads});
+  check_dtype(kOp, "estimate_lse", estimate_lse, ScalarType::Float);
+  check_device(kOp, "steady", steady, query, "query");
+  check_device(kOp, "store", store, query, "query");
+  check_device(kOp, "addresses", addresses, query, "query");
+  check_device(kOp, "counters", counters, query, "query");
+  check_device(kOp, "estimate", estimate, query, "query");
+  check_device(kOp, "estimate_lse", estimate_lse, query, "query");
+
+  Call<MergedAttentionParams> call;
+  MergedAttentionParams& params = call.params;
+  params.dtype = element_dtype(query);
+  params.batch = batch;
+  params.heads = heads;
+  params.groups = query_heads / heads;
+  params.head_dim = head_dim;
+  params.steady_capacity = steady.size(3);
+  params.store_capacity = store.size(3);
+  params.retrieved_clusters = addresses.size(2);
+  params.query = query_rows(call.hold(readable(query)), params.groups);
+  const Tensor readable_steady = call.hold(readable(steady));
+  const Tensor readable_store = call.hold(readable(store));
+  params.steady_keys = half_of(readable_steady, 0);
+  params.steady_values = half_of(readable_steady, 1);
+  params.store_keys = half_of(readable_store, 0);
+  params.store_values = half_of(readable_store, 1);
+  params.addresses =
+      static_cast<const int64_t*>(call.hold(torch::stable::contiguous(addresses)).data_ptr());
+  params.counters = static_cast<const int64_t*>(counters.data_ptr());
+  params.estimate =
+      static_cast<const float*>(call.hold(torch::stable::contiguous(estimate)).data_ptr());
+  params.estimate_lse =
+      static_cast<const float*>(call.hold(torch::stable::contiguous(estimate_lse)).data_ptr());
+  params.scale = static_cast<float>(scale);
+  params.out = nullptr;
+  params.lse = nullptr;
+  return call;
+}
+
+struct MergedAttentionResults {
+  Tensor out;  // [B, Hq, D]
+  Tensor lse;  // [B, Hq] float32
+};
+
+inline MergedAttentionResults merged_attention_results(
+    MergedAttentionParams& params, const Tensor& query) {
+  MergedAttentionResults results;
+  results.out = torch::stable::new_empty(
+      query, {query.size(0), query.size(1), query.size(2)}, query.scalar_type());
+  results.lse = torch::stable::new_empty(query, {query.size(0), query.size(1)}, ScalarType::Float);
+  params.out = results.out.data_ptr();
+  params.lse = static_cast<float*>(results.lse.data_ptr());
+  return results;
+}
+
 }  // namespace retro

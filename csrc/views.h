@@ -5,6 +5,13 @@
 
 #include "checks.h"
 
+// Small functions that CPU and CUDA kernels share.
+#if defined(__CUDACC__)
+#define RETRO_HOST_DEVICE __host__ __device__
+#else
+#define RETRO_HOST_DEVICE
+#endif
+
 namespace retro {
 
 enum class DType { float32, bfloat16, float16 };
@@ -33,7 +40,7 @@ struct Rows {
   int64_t stride_t = 0;
 
   template <typename T>
-  T* row(int64_t b, int64_t h, int64_t t) const {
+  RETRO_HOST_DEVICE T* row(int64_t b, int64_t h, int64_t t) const {
     return static_cast<T*>(data) + b * stride_b + h * stride_h + t * stride_t;
   }
 };

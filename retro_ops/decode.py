@@ -9,6 +9,7 @@ from torch import Tensor
 from retro_ops.ops import (
     append_tokens,
     cluster_gather,
+    decode_attention,
     grow_index,
     merged_attention,
     wave_estimate,
@@ -45,6 +46,20 @@ def decode_step(
         config.cluster_size,
         config.kmeans_iterations,
     )
+    if query.is_cuda:  # all that follows in one op, with the same bits
+        return decode_attention(
+            query,
+            layer.steady,
+            layer.store,
+            *index,
+            layer.counters,
+            layer.max_retrieved,
+            config.retrieval_budget,
+            config.min_retrieved_clusters,
+            config.estimation_budget,
+            config.estimator,
+            scale,
+        )
     retrieved, estimate, estimate_lse = wave_estimate(
         query,
         *index,

@@ -176,7 +176,8 @@ class RetroLayer(nn.Module):
 
         Raises:
             ValueError: a shape, dtype or device does not fit the layer.
-            RuntimeError: a row is full; the layer keeps what it held.
+            RuntimeError: a row is full; the layer keeps what it held. A GPU is not waited for:
+                there the token is dropped and counted, in `stats()["dropped_tokens"]`.
         """
         self._check_tokens("decode", key, value)
         expected = (self.batch_size, self.num_query_heads, 1, self.head_dim)
@@ -225,6 +226,7 @@ class RetroLayer(nn.Module):
             page_hits, page_misses: pages found in the page cache and not; 0 unless offloaded.
             truncated_clusters: clusters dropped for want of room; always 0: the working set has no
                 buffer that could overflow.
+            dropped_tokens: tokens that found no room in a full row on a GPU; the CPU raises.
             bytes_read_per_token: bytes of KV and index that one row's step reads, on average.
         """
         rows = self.counters.tolist()
@@ -249,6 +251,7 @@ class RetroLayer(nn.Module):
             "page_hits": 0,
             "page_misses": 0,
             "truncated_clusters": 0,
+            "dropped_tokens": totals[Counter.DROPPED_TOKENS],
             "bytes_read_per_token": round(per_head * self.num_kv_heads + retrieved),
         }
 

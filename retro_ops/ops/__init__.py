@@ -4,6 +4,7 @@ from retro_ops import _library  # noqa: F401  (schemas first: fakes attach to th
 from retro_ops.ops.append_tokens import append_tokens
 from retro_ops.ops.cluster_gather import cluster_gather
 from retro_ops.ops.cluster_keys import cluster_keys
+from retro_ops.ops.decode_attention import decode_attention
 from retro_ops.ops.grow_index import grow_index
 from retro_ops.ops.merged_attention import merged_attention
 from retro_ops.ops.pack_clusters import pack_clusters
@@ -13,6 +14,7 @@ __all__ = [
     "append_tokens",
     "cluster_gather",
     "cluster_keys",
+    "decode_attention",
     "grow_index",
     "merged_attention",
     "pack_clusters",

@@ -21,6 +21,8 @@ class Counter(IntEnum):
     UPDATES = 3
     RETRIEVED_TOKENS = 4
     STEPS = 5
+    DROPPED_TOKENS = 6
+    FINISHED_HEADS = 7
 
 
 def cluster_count(tokens: int, cluster_size: int) -> int:

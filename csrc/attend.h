@@ -1,0 +1,77 @@
+// The CUDA kernel behind merged_attention, decode_attention and the estimate of wave_estimate: softmax
+// states of pieces of the working set, merged in fixed order.
+#pragma once
+
+#include "cuda_common.h"
+
+namespace retro {
+
+// Where the retrieved tokens lie: token u of a (row, head), counted over its clusters in rank order, is
+// in rank k with before[k] <= u < before[k + 1], at slot shift[k] + u.
+struct RetrievedTokens {
+  const int32_t* before;  // [B * Hkv, R + 1]
+  const int32_t* shift;   // [B * Hkv, R]
+  int64_t clusters;       // R
+};
+
+// Clusters that are estimated, in ascending order, and their masses.
+struct EstimatedClusters {
+  const int32_t* ids;      // [B * Hkv, C]
+  const int32_t* counts;   // [B * Hkv]
+  const float* log2_mass;  // [B * Hkv, C, G]
+  Rows centroid_values;    // [B, Hkv, C, D]
+  int64_t clusters;        // C
+};
+
+struct AttendParams {
+  DType dtype;
+  int64_t batch, heads, groups, head_dim;  // B, Hkv, G, D
+  int64_t steady_capacity;                 // S
+  Rows query;                              // [B, Hkv, G, D]
+  Rows steady_keys, steady_values;         // [B, Hkv, S, D]
+  Rows store_keys, store_values;           // [B, Hkv, N, D]
+  const int64_t* counters;                 // [B, kCounters]
+  RetrievedTokens retrieved;
+  EstimatedClusters estimated;
+  // Pieces of a (row, head): the first are of steady and retrieved tokens, the others of clusters.
+  int32_t exact_pieces, estimate_pieces;
+  const float* given_estimate;      // [B, Hkv, G, D], where no pieces are of clusters; or nullptr
+  const float* given_estimate_lse;  // [B, Hkv, G]
+  float scale;
+  // Between blocks.
+  float* values;  // [B * Hkv * query tiles, pieces, queries of a tile, D]
+  float2* sums;  // [B * Hkv * query tiles, pieces, queries of a tile]: largest logit (base 2), mass
+  int32_t* tickets;  // [B * Hkv * query tiles], 0
+  // Results: of everything, or, where out is nullptr, of the estimated clusters.
+  void* out;            // [B, Hkv, G, D]
+  float* lse;           // [B, Hkv, G], natural log; may be nullptr
+  float* estimate;      // [B, Hkv, G, D]
+  float* estimate_lse;  // [B, Hkv, G]
+};
+
+// Pieces per (row, head), by what keeps the device busy. Each of the two functions depends on what both
+// the separate ops and the fused one know, so that all give the same bits.
+int32_t exact_piece_count(int64_t tasks, int64_t processors);
+int32_t estimate_piece_count(int64_t tasks, int64_t processors);
+
+// Queries that one block reads the working set for; more would not fit the registers.
+inline int64_t query_tile(int64_t groups, int64_t head_dim) {
+  return groups <= 8 || head_dim > 128 ? 8 : 16;
+}
+
+struct AttendSpace {
+  int64_t values, sums, tickets;
+};
+
+AttendSpace reserve_attend(Workspace& workspace, const AttendParams& params);
+void use_attend(const AttendSpace& space, const Workspace& workspace, AttendParams& params);
+
+// Tickets must be 0 by then.
+void attend(const Launcher& launch, const AttendParams& params);
+
+inline int64_t ticket_count(const AttendParams& params) {
+  return params.batch * params.heads *
+      ceil_div(params.groups, query_tile(params.groups, params.head_dim));
+}
+
+}  // namespace retro

@@ -1,0 +1,37 @@
+// CPU ops that another op calls.
+#pragma once
+
+#include <string>
+#include <tuple>
+
+#include "checks.h"
+
+namespace retro {
+
+std::tuple<Tensor, Tensor, Tensor> wave_estimate(
+    const Tensor& query,
+    const Tensor& centroids,
+    const Tensor& offsets,
+    const Tensor& variances,
+    const Tensor& residuals,
+    const Tensor& counters,
+    int64_t max_retrieved,
+    double retrieval_budget,
+    int64_t min_retrieved_clusters,
+    double estimation_budget,
+    std::string estimator,
+    double scale);
+
+Tensor cluster_gather(const Tensor& retrieved, const Tensor& offsets, const Tensor& counters);
+
+std::tuple<Tensor, Tensor> merged_attention(
+    const Tensor& query,
+    const Tensor& steady,
+    const Tensor& store,
+    const Tensor& addresses,
+    const Tensor& counters,
+    const Tensor& estimate,
+    const Tensor& estimate_lse,
+    double scale);
+
+}  // namespace retro
