@@ -11,9 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine
-from retro_ops.benchmarks.decode import HEAD_DIM, KV_HEADS, check, make_layer
+from retro_ops.benchmarks.decode import HEAD_DIM, KV_HEADS, check, make_layer, make_rows
 from retro_ops.benchmarks.timing import Timing
-from retro_ops.testing import make_kv
 
 OPS = ("cluster_keys", "pack_clusters", "append_tokens")
 COLUMNS = (
@@ -82,7 +81,7 @@ def _measure(
     config: RetroConfig,
     rounds: int,
 ) -> dict[str, object]:
-    keys, values = make_kv(rows, KV_HEADS, tokens, HEAD_DIM, kind=kind, dtype=dtype, device=device)
+    keys, values = make_rows(rows, tokens, kind, dtype, device)
     layer = make_layer(config, keys)
 
     def build() -> None:

@@ -67,6 +67,18 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
         assert error < 0.02, f"dense {name} errs by {error:.3g}"
 
 
+def make_rows(
+    rows: int, tokens: int, kind: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Keys and values `[B, Hkv, T, D]`; rows hold the same tokens in another order."""
+    made = make_kv(1, KV_HEADS, tokens, HEAD_DIM, kind=kind, dtype=dtype, device=device)
+    step = tokens // rows
+    keys, values = (
+        torch.cat([one.roll(row * step, dims=2) for row in range(rows)]) for one in made
+    )
+    return keys, values
+
+
 def make_layer(config: RetroConfig, keys: Tensor, *, spare_tokens: int = 1024) -> RetroLayer:
     """A layer with room for `keys` `[B, Hkv, T, D]` and some tokens more."""
     return RetroLayer(
@@ -129,7 +141,7 @@ def _measure(
     rounds: int,
     copy_gb_per_s: float,
 ) -> list[dict[str, object]]:
-    keys, values = make_kv(rows, KV_HEADS, tokens, HEAD_DIM, kind=kind, dtype=dtype, device=device)
+    keys, values = make_rows(rows, tokens, kind, dtype, device)
     layer = make_layer(config, keys)
     layer.prefill(keys[:, :, :-1], values[:, :, :-1])
     last = keys[:, :, -1:].clone(), values[:, :, -1:].clone()

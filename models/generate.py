@@ -96,7 +96,8 @@ class Decoder:
         self._ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
         self._forward: Callable[..., Any] = model.forward
         if compile_step and attention == "retro":
-            self._forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
+            mode = "reduce-overhead" if model.device.type == "cuda" else None
+            self._forward = torch.compile(model.forward, mode=mode, fullgraph=True, dynamic=False)
 
     def prefill(self, ids: Tensor) -> Tensor:
         """Logits `[B, V]` of the token that follows the prompt `[B, T]`."""

