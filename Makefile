@@ -31,7 +31,7 @@ ROOMS = $(filter-out %.so %/__pycache__,$(wildcard retro_ops/*)) $(wildcard mode
 
 demo: $(LIBRARY)
 	$(PY) -m retro_ops demo --model recall --compile $(ARGS)
-	$(PY) -m retro_ops demo --model gemma $(ARGS)
+	$(PY) -m retro_ops demo --model gemma --dtype bfloat16 $(ARGS)
 
 test: lint $(LIBRARY)
 	$(PY) -m pytest --timeout 600 $(if $(GPU),,-m "not gpu") $(ARGS)
