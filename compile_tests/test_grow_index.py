@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -297,7 +299,7 @@ def test_grows_any_rows(
         max(full + more + segments * update_segment, 0) for more, segments in held[: variant.rows]
     ]
     arguments = make(
-        variant,
+        replace(variant, device=device),
         steady_tokens,
         indexed[: variant.rows],
         sink_tokens=sink_tokens,
@@ -333,6 +335,7 @@ def test_other_rows_are_untouched(device: str) -> None:
 @settings(deadline=None, derandomize=True, max_examples=10)
 @given(variant=variants())
 def test_repeats(device: str, variant: Variant) -> None:
+    variant = replace(variant, device=device)
     arguments = make(
         variant, [13, 40, 12][: variant.rows], [(0, 0), (10, 3), (1, 1)][: variant.rows]
     )

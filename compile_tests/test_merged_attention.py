@@ -133,8 +133,18 @@ def assert_matches(arguments: Arguments, device: str) -> None:
         ([64, 65], 15, 12, 1),
         ([600, 255], 33, 12, 8),
         ([3, 4], 17, 70, 2),
+        ([64, 65], 15, 12, 12),
+        ([64, 65], 15, 12, 20),
     ],
-    ids=["one token", "one cluster", "MHA", "several tasks", "large clusters"],
+    ids=[
+        "one token",
+        "one cluster",
+        "MHA",
+        "several tasks",
+        "large clusters",
+        "large groups",
+        "MQA",
+    ],
 )
 def test_matches_reference(
     device: str,
@@ -312,7 +322,12 @@ def test_estimate_alone_comes_back(device: str) -> None:
     for kernels in every_kernel(device):
         out, lse = merged_attention(**given)
         assert_same(out.cpu(), arguments["estimate"], f"{kernels}: out")
-        assert_same(lse.cpu(), arguments["estimate_lse"], f"{kernels}: lse")
+        # CUDA kernels count in powers of 2: there and back are two roundings.
+        if device == "cpu":
+            assert_same(lse, arguments["estimate_lse"], f"{kernels}: lse")
+        torch.testing.assert_close(
+            lse.cpu(), arguments["estimate_lse"], rtol=2.0**-22, atol=0.0, msg=kernels
+        )
 
 
 @pytest.mark.parametrize("lse", [-1e4, 1e4])

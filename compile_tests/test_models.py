@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters as dynamo_counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     CompileConfig,
     DeepseekV3Config,
@@ -33,9 +36,12 @@ from transformers import (
     Qwen3Config,
     StaticCache,
 )
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from retro_ops import RetroConfig
 from retro_ops.models import RetroCache, load_model
+from retro_ops.models.attention import OTHER_MASK, retro_attention, retro_mask
+from retro_ops.models.cache import RetroCacheLayer, SlidingCacheLayer
 from retro_ops.testing import assert_same, assert_within_budget
 
 VOCABULARY = 97
@@ -277,6 +283,93 @@ def test_reset_and_copies(family: str) -> None:
         assert twin.stats()["build_seconds"] == pytest.approx(prompt.stats()["build_seconds"])
 
 
+def test_a_window_longer_than_the_cache() -> None:
+    model = make_model("gemma3")
+    ids = make_prompt(1, 12)
+    retro = generate(model, ids, past_key_values=make_cache(model, length=20), max_new_tokens=8)
+    assert_tokens_of(generate_dense(model, ids, max_new_tokens=8), retro)
+
+
+def test_sliding_layers_alone() -> None:
+    """Gemma 3 makes a mask for full-attention layers even without any; nothing attends with it."""
+    config = FAMILIES["gemma3"]()
+    config.layer_types = ["sliding_attention"] * 3
+    model = make_model("gemma3", config)
+    ids, mask = padded(make_prompt(2, 90), [0, 20])
+    retro = generate(model, ids, attention_mask=mask, past_key_values=make_cache(model, 2))
+    assert_tokens_of(generate_dense(model, ids, attention_mask=mask), retro)
+
+
+def make_attention() -> nn.Module:
+    """What `retro_attention` asks of a layer of 4 query heads and 2 KV heads."""
+    module = nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    return module
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("tokens", [2, 23, 24, 25, 47, 48, 49, 100])
+@pytest.mark.parametrize("window", [1, 24])
+def test_pieces_are_the_whole(window: int, tokens: int, padding: bool) -> None:
+    """The prompt of a sliding-window layer: piece by piece, and at once with a mask of T x T."""
+    torch.manual_seed(tokens)
+    starts = torch.tensor([0, tokens // 3, tokens - 1] if padding else [0, 0, 0])[:, None]
+    real = torch.arange(tokens) >= starts
+    query, key, value = (torch.randn(3, heads, tokens, 16) for heads in (4, 2, 2))
+    layer = SlidingCacheLayer(window)
+    held = layer.update(key, value)
+    mask = real if padding else None
+    out, _ = retro_attention(
+        make_attention(), query, *held, mask, scaling=0.3, sliding_window=window
+    )
+
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    allowed = (distance >= 0) & (distance < window) & real[:, None, None]
+    expected = nn.functional.scaled_dot_product_attention(
+        query, key, value, allowed, scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(out[real], expected[real])
+    assert not out[~real].any()
+    kept = min(window - 1, tokens)
+    assert layer.get_seq_length() == tokens
+    assert_same(layer.keys[:, :, window - 1 - kept :], key[:, :, tokens - kept :])
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any op returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [each.numel() for each in tree_leaves(out) if isinstance(each, Tensor)]
+        self.elements = max(self.elements, *made, 0)
+        return out
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma3"])
+def test_nothing_grows_with_the_square_of_a_prompt(
+    family: str, padding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks: list[Tensor | None] = []
+
+    def spy(**arguments: Any) -> Tensor | None:
+        masks.append(retro_mask(**arguments))
+        return masks[-1]
+
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "retro", spy)
+    model, tokens = make_model(family), 1000
+    ids, mask = padded(make_prompt(2, tokens), [0, 300 if padding else 0])
+    cache = make_cache(model, 2, tokens)
+    with torch.no_grad(), Largest() as largest:
+        model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+    assert masks
+    for made in masks:
+        assert made is None if not padding else made is not None and made.shape == (2, tokens)
+    assert largest.elements < tokens**2 / 2
+
+
 @families
 @pytest.mark.parametrize("cache", ["none", "dynamic", "static"])
 def test_without_a_retro_cache_it_is_sdpa(family: str, cache: str) -> None:
@@ -400,6 +493,23 @@ def test_generate_compiles(family: str, backend: str) -> None:
         assert_tokens_of(generate_dense(model, ids, attention_mask=mask), retro)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma3"])
+def test_a_compiled_prompt(family: str) -> None:
+    """Of any length, padded, in one graph."""
+    model, dense = make_model(family), make_model(family, attention="sdpa")
+    step = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    head_dim = getattr(model.config, "head_dim", None) or 16
+    for tokens, starts in ((90, [0, 20]), (70, [3, 0])):
+        ids, mask = padded(make_prompt(2, tokens), starts)
+        cache = make_cache(model, 2)
+        cache.early_initialization(2, 2, head_dim, torch.float32, torch.device("cpu"))
+        with torch.no_grad():
+            retro = step(ids, attention_mask=mask, past_key_values=cache).logits
+            expected = dense(ids, attention_mask=mask).logits
+        torch.testing.assert_close(retro[mask.bool()], expected[mask.bool()])
+    assert graphs() == 1
+
+
 # Refusals
 
 
@@ -417,7 +527,7 @@ def one_line(error: pytest.ExceptionInfo[BaseException], text: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma3"])
 def test_another_attention_refuses_a_retro_cache(family: str, attention: str) -> None:
     model = make_model(family, attention=attention)
     with pytest.raises(AttributeError) as error:
@@ -430,8 +540,9 @@ def test_another_attention_refuses_a_retro_cache(family: str, attention: str) ->
     [[1, 1, 1, 0], [1, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]],
     ids=["right", "hole", "two holes", "nothing"],
 )
-def test_refuses_padding_that_is_not_left(mask: list[int]) -> None:
-    model = make_model("llama")
+@pytest.mark.parametrize("family", ["llama", "mistral-window"])
+def test_refuses_padding_that_is_not_left(family: str, mask: list[int]) -> None:
+    model = make_model(family)
     mask_of_rows = torch.tensor([[1, 1, 1, 1], mask])
     with pytest.raises(ValueError, match="needs left padding") as error:
         call(model, make_prompt(2, 4), make_cache(model, 2), attention_mask=mask_of_rows)
@@ -459,18 +570,80 @@ def test_refuses_padded_tokens_on_a_filled_cache() -> None:
     one_line(error, "must not be padded; continue rows of different length one by one")
 
 
-def test_refuses_a_mask_of_another_length() -> None:
-    model = make_model("llama")
+@pytest.mark.parametrize("family", ["llama", "mistral-window"])
+def test_refuses_a_mask_of_another_length(family: str) -> None:
+    model = make_model(family)
     for length in (29, 31):
+        cache = make_cache(model)
         with pytest.raises(
             ValueError, match="the attention_mask of a prompt of 30 tokens"
         ) as error:
             model(
                 make_prompt(1, 30),
                 attention_mask=torch.tensor([[0] * 3 + [1] * (length - 3)]),
-                past_key_values=make_cache(model),
+                past_key_values=cache,
             )
         one_line(error, f"must have as many, got [1, {length}]")
+        assert cache.get_seq_length() == 0
+
+
+BLOCK = torch.full((1, 60), -1)
+BLOCK[:, 30:33] = 0
+ADDITIONS: dict[str, dict[str, Any]] = {
+    "or": {"or_mask_function": lambda batch, head, q, k: q - k == 40},
+    "and": {"and_mask_function": lambda batch, head, q, k: q != 31},
+    "block": {"block_sequence_ids": BLOCK},
+}
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_refuses_what_a_model_adds_to_a_window(
+    name: str, compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("mistral-window")
+    inputs: dict[str, Any] = {
+        "config": model.config,
+        "inputs_embeds": torch.zeros(1, 60, 64),
+        "attention_mask": None,
+        "past_key_values": make_cache(model),
+    }
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    assert create_sliding_window_causal_mask(**inputs) is None
+    with pytest.raises(ValueError, match="supports causal masks") as error:
+        create_sliding_window_causal_mask(**inputs, **ADDITIONS[name])
+    one_line(error, OTHER_MASK)
+    # Another window than that of the cache.
+    model.config.sliding_window = 23
+    with pytest.raises(ValueError, match="supports causal masks") as error:
+        create_sliding_window_causal_mask(**inputs)
+    one_line(error, OTHER_MASK)
+
+
+def test_refuses_to_leave_a_window_out() -> None:
+    """A mask without a window for a layer that has one."""
+    model = make_model("mistral-window")
+    cache = make_cache(model)
+    mask = create_causal_mask(model.config, torch.zeros(1, 60, 64), None, cache)
+    query = torch.zeros(1, 4, 60, 16)
+    held = cache.update(query[:, :2], query[:, :2], 0)
+    with pytest.raises(ValueError, match="supports causal masks") as error:
+        retro_attention(make_attention(), query, *held, mask)
+    one_line(error, OTHER_MASK)
+    assert cache.get_seq_length() == 0
+
+
+def test_refuses_another_window() -> None:
+    query = torch.zeros(1, 4, 60, 16)
+    full = RetroCacheLayer(ALL, num_query_heads=4, batch_size=1, max_length=60, offload=False)
+    for layer, text in (
+        (SlidingCacheLayer(24), "where the layer of the cache has one of 24"),
+        (full, "where the layer of the cache attends to all tokens"),
+    ):
+        held = layer.update(query[:, :2], query[:, :2])
+        with pytest.raises(ValueError, match="asks for a sliding window of 25 tokens") as error:
+            retro_attention(make_attention(), query, *held, None, sliding_window=25)
+        one_line(error, text)
 
 
 def state_of(cache: RetroCache) -> list[Tensor]:

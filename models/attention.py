@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
-from retro_ops.models.cache import RetroTokens
+from retro_ops.models.cache import RetroTokens, SlidingCacheLayer
 
 NAME = "retro"
 # Arguments that change what attention means, and what they stand for.
@@ -18,7 +23,6 @@ UNSUPPORTED = {"s_aux": "attention sinks", "softcap": "soft-capped logits"}
 # `sdpa` gets these, or the mask has them.
 UNSUPPORTED_WITH_CACHE = {
     "position_bias": "a position bias",
-    "sliding_window": "a sliding window in a full-attention layer",
     "indices": "a choice of tokens by the model",
     "block_indices": "a choice of tokens by the model",
 }
@@ -38,8 +42,9 @@ def retro_attention(
     """Attention of one layer; what it does depends on the cache that the model runs with.
 
     With a RetroCache, a prompt is attended to exactly and indexed, and every later token goes
-    through `RetroLayer.decode`. Sliding-window layers of a RetroCache, any other cache
-    (DynamicCache, StaticCache), and no cache at all are exact: transformers' `sdpa`.
+    through `RetroLayer.decode`. Sliding-window layers of a RetroCache are exact, and a prompt costs
+    them its length times the window. Any other cache (DynamicCache, StaticCache), and no cache at
+    all, are transformers' `sdpa`.
 
     Args:
         module: the attention layer.
@@ -53,8 +58,8 @@ def retro_attention(
         `[B, T, Hq, D]`, and None for the attention weights.
 
     Raises:
-        ValueError: the layer needs attention sinks, soft-capping, attention to later tokens or
-            another mask than one for left padding.
+        ValueError: the layer needs attention sinks, soft-capping, attention to later tokens,
+            another window than its cache has or another mask than one for left padding.
     """
     for name, what in UNSUPPORTED.items():
         if kwargs.get(name) is not None:
@@ -82,18 +87,34 @@ def retro_attention(
             f"{list(attention_mask.shape)}"
         )
     layer, tokens = key.layer, query.shape[2]
-    if tokens == 1 or layer.is_filled:
+    window = layer.sliding_window if isinstance(layer, SlidingCacheLayer) else None
+    asked = kwargs.get("sliding_window")
+    if asked is not None and asked != window:
+        has = "attends to all tokens" if window is None else f"has one of {window}"
+        raise ValueError(
+            f"RetroCache: {type(module).__name__} asks for a sliding window of {asked} tokens "
+            f"where the layer of the cache {has}; use a DynamicCache"
+        )
+    if not isinstance(layer, SlidingCacheLayer) and (tokens == 1 or layer.is_filled):
         _check_new_tokens(attention_mask, tokens)
         out = layer.decode(query, key.keys, key.values, scaling)
         return out.transpose(1, 2).contiguous(), None
+    if attention_mask is not None and attention_mask.shape[1] == 0:
+        raise ValueError(OTHER_MASK)  # see `retro_mask`
     if attention_mask is not None and attention_mask.shape[1] != tokens:
         raise ValueError(
             f"RetroCache: the attention_mask of a prompt of {tokens} tokens must have as many, "
             f"got {list(attention_mask.shape)}"
         )
-    starts = None if attention_mask is None else attention_mask.int().argmax(dim=1)
-    layer.prefill(key.keys, key.values, starts)
-    return _attend_to_prompt(module, query, key.keys, key.values, attention_mask, scaling), None
+    if isinstance(layer, SlidingCacheLayer):
+        layer.prefill(key.keys, key.values)
+    else:
+        starts = None if attention_mask is None else attention_mask.int().argmax(dim=1)
+        layer.prefill(key.keys, key.values, starts)
+    out = _attend_to_prompt(
+        module, query, key.keys, key.values, attention_mask, scaling, window=window
+    )
+    return out, None
 
 
 def retro_mask(
@@ -110,7 +131,8 @@ def retro_mask(
 
     A full-attention layer of a RetroCache has no keys to mask, so it says `kv_length=0`. Its rows
     know their tokens: only a prompt needs the padding, and a `[T, T]` mask of a long one would not
-    fit in memory. A sliding-window layer with a past has a tensor as `kv_offset`.
+    fit in memory. A sliding-window layer says the same of a prompt, with its window, negative, as
+    `kv_offset`; with a past, its `kv_offset` is a tensor.
 
     Returns:
         None where nothing is masked but later tokens; `[B, past + T]` bool, True for real tokens;
@@ -137,7 +159,19 @@ def retro_mask(
             attention_mask=attention_mask,
             **kwargs,
         )
-    if mask_function is not causal_mask_function:
+    if kv_offset < 0 and mask_function is causal_mask_function:
+        # Some models make a mask for full-attention layers even if they have none: transformers
+        # takes a sliding-window layer for one. `retro_attention` refuses this mask if it gets it.
+        return torch.empty(batch_size, 0, dtype=torch.bool, device=kwargs.get("device"))
+    if kv_offset < 0 and torch.compiler.is_compiling():
+        # Functions cannot be looked into here; transformers drops the permission to use
+        # `is_causal` as soon as anything is added to a mask.
+        plain = kwargs.get("local_size") == -kv_offset and kwargs.get("allow_is_causal_skip")
+    elif kv_offset < 0:
+        plain = _is_same(mask_function, sliding_window_causal_mask_function(-kv_offset))
+    else:
+        plain = mask_function is causal_mask_function
+    if not plain:
         raise ValueError(OTHER_MASK)
     if attention_mask is None or q_length == 1:
         return None
@@ -192,6 +226,24 @@ def _check_new_tokens(attention_mask: Tensor | None, tokens: int) -> None:
         )
 
 
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two mask functions were made of the same functions and numbers.
+
+    Their values at some positions would not tell: an addition may be anywhere in the prompt.
+    """
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if isinstance(one, int) and isinstance(other, int):
+        return one == other
+    if isinstance(one, FunctionType) and isinstance(other, FunctionType):
+        inside, expected = (
+            tuple(cell.cell_contents for cell in function.__closure__ or ())
+            for function in (one, other)
+        )
+        return one.__code__ is other.__code__ and _is_same(inside, expected)
+    return one is other
+
+
 def _attend_to_prompt(
     module: nn.Module,
     query: Tensor,
@@ -199,19 +251,64 @@ def _attend_to_prompt(
     values: Tensor,
     padding: Tensor | None,
     scaling: float | None,
+    *,
+    window: int | None,
 ) -> Tensor:
-    if padding is None:
-        return sdpa_attention_forward(module, query, keys, values, None, scaling=scaling)[0]
     tokens = query.shape[2]
     if torch.compiler.is_compiling():
-        later = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-        mask = later & padding[:, None, None, :]
+        if padding is None and window is None:
+            return sdpa_attention_forward(module, query, keys, values, None, scaling=scaling)[0]
+        # For one graph of all lengths.
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+        if window is not None:
+            mask = mask.triu(1 - window)
+        mask = mask[None, None] if padding is None else mask & padding[:, None, None, :]
         return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)[0]
+    band = None
+    if window is not None and tokens > window:
+        # Query i of a piece and key j, with one window before the piece: i < j <= i + window.
+        band = torch.ones(window, 2 * window, dtype=torch.bool, device=query.device)
+        band = band.tril(window).triu(1)
+    if padding is None:
+        return _attend_in_pieces(module, query, keys, values, band, scaling)
     # Row by row, without the padding: no mask of T x T, and the kernel for causal attention.
     out = query.new_zeros(query.shape[0], tokens, query.shape[1], values.shape[3])
     for row, start in enumerate(padding.int().argmax(dim=1).tolist()):
         own = (slice(row, row + 1), slice(None), slice(start, None))
-        out[row, start:] = sdpa_attention_forward(
-            module, query[own], keys[own], values[own], None, scaling=scaling
-        )[0][0]
+        out[row, start:] = _attend_in_pieces(
+            module, query[own], keys[own], values[own], band, scaling
+        )[0]
     return out
+
+
+def _attend_in_pieces(
+    module: nn.Module,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    band: Tensor | None,
+    scaling: float | None,
+) -> Tensor:
+    """Causal attention; with a band `[W, 2 W]`, of a window's length of queries at a time.
+
+    Their keys are at most the window before them and themselves, so the cost is linear in T.
+    """
+    tokens = query.shape[2]
+    window = tokens if band is None else band.shape[0]
+    outs = []
+    for first in range(0, tokens, window):
+        here = slice(first, first + window)
+        seen = slice(max(first - window, 0), first + window)
+        # The first piece has nothing before it: plain causal attention.
+        mask = None if first == 0 or band is None else band[: tokens - first, : tokens - seen.start]
+        outs.append(
+            sdpa_attention_forward(
+                module,
+                query[:, :, here],
+                keys[:, :, seen],
+                values[:, :, seen],
+                mask,
+                scaling=scaling,
+            )[0]
+        )
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)

@@ -14,13 +14,15 @@ from retro_ops import RetroConfig, RetroLayer
 
 
 class RetroTokens:
-    """New keys and values on their way from the cache to the attention function `retro`.
+    """New keys and values on their way from a layer to the attention function `retro`.
 
     It stands where transformers expects key and value tensors; any other attention function that
     touches it learns what is wrong.
     """
 
-    def __init__(self, layer: RetroCacheLayer, keys: Tensor, values: Tensor) -> None:
+    def __init__(
+        self, layer: RetroCacheLayer | SlidingCacheLayer, keys: Tensor, values: Tensor
+    ) -> None:
         self.layer = layer
         self.keys = keys
         self.values = values
@@ -178,15 +180,18 @@ class SlidingCacheLayer(CacheLayerMixin):
 
     Args:
         sliding_window: tokens that a token attends to, itself included.
+        max_length: tokens that a row can hold, if that is limited; no more are kept.
     """
 
     is_compileable = True
     is_sliding = True
     is_croppable = False
 
-    def __init__(self, sliding_window: int) -> None:
+    def __init__(self, sliding_window: int, max_length: int | None = None) -> None:
         super().__init__()
-        self.past = sliding_window - 1
+        self.sliding_window = sliding_window
+        kept = sliding_window if max_length is None else min(sliding_window, max_length)
+        self.past = kept - 1
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
         # Only forwards of several tokens ask this: they are a prompt, or continue one.
         self.is_filled = False
@@ -202,32 +207,42 @@ class SlidingCacheLayer(CacheLayerMixin):
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | tuple[RetroTokens, RetroTokens]:
         """Takes new tokens in, `[B, Hkv, T, D]`; returns them behind the window as it was before.
 
-        The tokens of a prompt are returned alone: nothing is before them.
+        The tokens of a prompt have nothing before them: they go to the attention function, which
+        calls `prefill`.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        is_prompt = key_states.shape[2] > 1 and not self.is_filled
+        if self._is_prompt(key_states.shape[2]):
+            tokens = RetroTokens(self, key_states, value_states)
+            return tokens, tokens
         results = []
         for window, new in ((self.keys, key_states), (self.values, value_states)):
-            if is_prompt:
-                latest = new[:, :, max(new.shape[2] - self.past, 0) :]
-                window[:, :, self.past - latest.shape[2] :] = latest
-                results.append(new)
-            else:
-                whole = torch.cat((window, new), dim=2)
-                window.copy_(whole[:, :, new.shape[2] :])
-                results.append(whole)
+            whole = torch.cat((window, new), dim=2)
+            window.copy_(whole[:, :, new.shape[2] :])
+            results.append(whole)
         self.cumulative_length.add_(key_states.shape[2])
         self.is_filled = True
         return results[0], results[1]
 
+    def prefill(self, keys: Tensor, values: Tensor) -> None:
+        """Keeps the latest tokens of a prompt, `[B, Hkv, T, D]`."""
+        for window, new in ((self.keys, keys), (self.values, values)):
+            latest = new[:, :, max(new.shape[2] - self.past, 0) :]
+            window[:, :, self.past - latest.shape[2] :] = latest
+        self.cumulative_length.add_(keys.shape[2])
+        self.is_filled = True
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of keys that `update` will return, and the position of the first one."""
-        if query_length > 1 and not self.is_filled:
-            return query_length, 0
+        """Number of keys that `update` will return, and the position of the first one.
+
+        For a prompt no keys, as `RetroCacheLayer`, and as position minus the window, by which
+        `retro_mask` knows it.
+        """
+        if self._is_prompt(query_length):
+            return 0, -self.sliding_window
         # A tensor, perhaps a negative one: `retro_mask` knows this layer by it.
         return self.past + query_length, self.cumulative_length - self.past  # type: ignore[return-value]
 
@@ -249,6 +264,9 @@ class SlidingCacheLayer(CacheLayerMixin):
         if self.is_initialized:
             for window in (self.keys, self.values):
                 window.copy_(window.index_select(0, beam_idx.to(window.device)))
+
+    def _is_prompt(self, tokens: int) -> bool:
+        return tokens > 1 and not self.is_filled
 
 
 class RetroCache(Cache):
@@ -308,11 +326,9 @@ class RetroCache(Cache):
                     )
                 )
             elif kind == "sliding_attention":
-                window = layer_arguments["sliding_window"]
                 # Full layers refuse more than max_cache_len tokens; without one, nothing would.
-                if "full_attention" in layer_types:
-                    window = min(window, max_cache_len)
-                layers.append(SlidingCacheLayer(window))
+                limit = max_cache_len if "full_attention" in layer_types else None
+                layers.append(SlidingCacheLayer(layer_arguments["sliding_window"], limit))
             else:
                 raise ValueError(
                     f"RetroCache: layer {index} of {type(config).__name__} is of type {kind!r}; "

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from retro_ops import wave_index
 from retro_ops.config import RetroConfig
 from retro_ops.decode import decode_step
-from retro_ops.ops._contract import ELEMENT_DTYPES, Counter
-from retro_ops.ops.wave_estimate import retrieved_count
+from retro_ops.ops._contract import ELEMENT_DTYPES, Counter, retrieved_count
 
 
 class RetroLayer(nn.Module):

@@ -211,17 +211,27 @@ def in_layout(tensor: Tensor, layout: str) -> Tensor:
         tensor: of two or more axes.
         layout: "contiguous"; "permuted": the axes before the last lie in the opposite order, as
             heads and tokens do behind a projection; "padded": a part of a larger tensor, which has
-            NaN around it and rows at odd elements; "transposed": the last two axes lie in the
-            opposite order, so that no row is contiguous.
+            NaN around it and rows at odd elements; "aligned": the same with rows at multiples of
+            16 bytes; "transposed": the last two axes lie in the opposite order, so that no row is
+            contiguous.
     """
     if layout == "permuted":
         axes = (*reversed(range(tensor.dim() - 1)), tensor.dim() - 1)
         return tensor.permute(axes).clone(memory_format=torch.contiguous_format).permute(axes)
-    if layout == "padded":
+    if layout in ("padded", "aligned"):
+        before = [1] * tensor.dim()
+        if layout == "aligned":
+            before[-1] = 16 // tensor.element_size()
         larger = tensor.new_full(
-            [size + 3 for size in tensor.shape], math.nan if tensor.is_floating_point() else 1
+            [
+                size + (3 if one == 1 else 2 * one)
+                for size, one in zip(tensor.shape, before, strict=True)
+            ],
+            math.nan if tensor.is_floating_point() else 1,
         )
-        part = larger[tuple(slice(1, 1 + size) for size in tensor.shape)]
+        part = larger[
+            tuple(slice(one, one + size) for size, one in zip(tensor.shape, before, strict=True))
+        ]
         return part.copy_(tensor)
     if layout == "transposed":
         swapped = tensor.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
@@ -253,6 +263,7 @@ class Variant:
     layout: str = "contiguous"
     magnitude: str = "normal"
     seed: int = 0
+    device: str = "cpu"  # where the op runs; tensors are made on the CPU
 
     @property
     def generator(self) -> torch.Generator:
@@ -261,7 +272,9 @@ class Variant:
 
     @property
     def writable_layout(self) -> str:
-        """`layout`, or "permuted" where rows of that layout cannot be changed in place."""
+        """`layout`, or one like it where `device` cannot change rows of that layout in place."""
+        if self.layout == "padded" and self.device != "cpu":
+            return "aligned"
         return "permuted" if self.layout == "transposed" else self.layout
 
     def normal(self, generator: torch.Generator, *shape: int) -> Tensor:
@@ -269,9 +282,13 @@ class Variant:
         return (torch.randn(shape, generator=generator) * MAGNITUDES[self.magnitude]).to(self.dtype)
 
     def counters(self, **columns: list[int]) -> Tensor:
-        """`[B, len(Counter)]` int64: the named columns (in lower case), others random."""
+        """`[B, len(Counter)]` int64: the named columns (in lower case), others random.
+
+        Finished heads, which are 0 between ops, are 0 unless named.
+        """
         shape = (self.rows, len(Counter))
         counters = torch.randint(1000, shape, generator=self.generator)
+        counters[:, Counter.FINISHED_HEADS] = 0
         for name, column in columns.items():
             counters[:, Counter[name.upper()]] = torch.tensor(column, dtype=torch.int64)
         return counters

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 ELEMENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ESTIMATORS = ("variance", "mean")
 
 
 class Counter(IntEnum):
@@ -30,6 +31,11 @@ def cluster_count(tokens: int, cluster_size: int) -> int:
     if tokens <= 0:
         return 0
     return max((2 * tokens + cluster_size) // (2 * cluster_size), 1)
+
+
+def retrieved_count(retrieval_budget: float, min_retrieved_clusters: int, clusters: int) -> int:
+    """Clusters that a row of `clusters` live clusters retrieves."""
+    return min(max(round(retrieval_budget * clusters), min_retrieved_clusters), clusters)
 
 
 def segment_count(tokens: int, segment_size: int) -> int:
@@ -186,6 +192,66 @@ def check_index(
         strict=True,
     ):
         check_device(op, name, tensor, like, like_name)
+
+
+def check_estimate(
+    op: str,
+    query: Tensor,
+    index: tuple[Tensor, Tensor, Tensor, Tensor],
+    counters: Tensor,
+    max_retrieved: int,
+    retrieval_budget: float,
+    min_retrieved_clusters: int,
+    estimation_budget: float,
+    estimator: str,
+) -> tuple[int, int, int, int]:
+    """Checks what chooses clusters by a query; returns B, Hq, Hkv, D.
+
+    Args:
+        index: centroids, offsets, variances, residuals.
+    """
+    centroids, offsets, variances, residuals = index
+    check_shape(op, "query", query, "B, Hq, D", (None, None, None))
+    check_element_dtype(op, "query", query)
+    rows, query_heads, head_dim = query.shape
+    check_head_dim(op, head_dim)
+    check_shape(op, "centroids", centroids, "2, B, Hkv, C, D", (2, rows, None, None, head_dim))
+    check_dtype(op, "centroids", centroids, query.dtype)
+    heads, clusters = centroids.shape[2:4]
+    check_heads(op, query_heads, heads)
+    check_shape(op, "offsets", offsets, "B, Hkv, C + 1", (rows, heads, clusters + 1))
+    check_dtype(op, "offsets", offsets, torch.int32)
+    check_shape(op, "variances", variances, "B, Hkv, C", (rows, heads, clusters))
+    check_dtype(op, "variances", variances, torch.float32)
+    check_shape(op, "residuals", residuals, "B, Hkv, D", (rows, heads, head_dim))
+    check_dtype(op, "residuals", residuals, torch.float32)
+    check_counters(op, counters, rows)
+    for name, tensor in (
+        ("centroids", centroids),
+        ("offsets", offsets),
+        ("variances", variances),
+        ("residuals", residuals),
+        ("counters", counters),
+    ):
+        check_device(op, name, tensor, query, "query")
+    check_fraction(op, "retrieval_budget", retrieval_budget)
+    check_fraction(op, "estimation_budget", estimation_budget)
+    check_not_negative(op, "min_retrieved_clusters", min_retrieved_clusters)
+    torch._check(
+        estimator in ESTIMATORS,
+        lambda: f"{op}: estimator must be 'variance' or 'mean', got '{estimator}'",
+    )
+    # In a graph for any number of clusters the kernel alone checks, at every call.
+    if isinstance(clusters, int) and isinstance(max_retrieved, int):
+        needed = retrieved_count(retrieval_budget, min_retrieved_clusters, clusters)
+        torch._check(
+            max_retrieved >= needed,
+            lambda: (
+                f"{op}: max_retrieved must be at least {needed} for {clusters} clusters at these "
+                f"budgets, got {max_retrieved}"
+            ),
+        )
+    return rows, query_heads, heads, head_dim
 
 
 def refuse_backward(op: str, differentiable: Sequence[int], arguments: int) -> None:

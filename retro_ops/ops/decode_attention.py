@@ -88,24 +88,21 @@ def _(
     estimator: str,
     scale: float,
 ) -> Tensor:
-    contract.check_shape(OP, "query", query, "B, Hq, D", (None, None, None))
-    contract.check_element_dtype(OP, "query", query)
-    rows, query_heads, head_dim = query.shape
-    contract.check_head_dim(OP, head_dim)
-    contract.check_shape(
-        OP, "centroids", centroids, "2, B, Hkv, C, D", (2, rows, None, None, head_dim)
-    )
-    heads = centroids.shape[2]
-    contract.check_heads(OP, query_heads, heads)
-    contract.check_shape(OP, "steady", steady, "2, B, Hkv, S, D", (2, rows, heads, None, head_dim))
-    contract.check_dtype(OP, "steady", steady, query.dtype)
-    contract.check_device(OP, "steady", steady, query, "query")
-    contract.check_index(
+    rows, query_heads, heads, head_dim = contract.check_estimate(
         OP,
-        (store, centroids, offsets, variances, residuals),
-        counters,
         query,
-        "query",
-        (rows, heads, head_dim),
+        (centroids, offsets, variances, residuals),
+        counters,
+        max_retrieved,
+        retrieval_budget,
+        min_retrieved_clusters,
+        estimation_budget,
+        estimator,
     )
+    for name, tensor, letters in (("steady", steady, "S"), ("store", store, "N")):
+        contract.check_shape(
+            OP, name, tensor, f"2, B, Hkv, {letters}, D", (2, rows, heads, None, head_dim)
+        )
+        contract.check_dtype(OP, name, tensor, query.dtype)
+        contract.check_device(OP, name, tensor, query, "query")
     return query.new_empty((rows, query_heads, head_dim))

@@ -8,15 +8,10 @@ import torch
 from torch import Tensor
 
 from retro_ops.ops import _contract as contract
-from retro_ops.ops._contract import Counter
+from retro_ops.ops._contract import ESTIMATORS as ESTIMATORS
+from retro_ops.ops._contract import Counter, retrieved_count
 
 OP = "wave_estimate"
-ESTIMATORS = ("variance", "mean")
-
-
-def retrieved_count(retrieval_budget: float, min_retrieved_clusters: int, clusters: int) -> int:
-    """Clusters that a row of `clusters` live clusters retrieves."""
-    return min(max(round(retrieval_budget * clusters), min_retrieved_clusters), clusters)
 
 
 def wave_estimate(
@@ -176,48 +171,17 @@ def _(
     estimator: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    contract.check_shape(OP, "query", query, "B, Hq, D", (None, None, None))
-    contract.check_element_dtype(OP, "query", query)
-    rows, query_heads, head_dim = query.shape
-    contract.check_head_dim(OP, head_dim)
-    contract.check_shape(
-        OP, "centroids", centroids, "2, B, Hkv, C, D", (2, rows, None, None, head_dim)
+    rows, query_heads, heads, head_dim = contract.check_estimate(
+        OP,
+        query,
+        (centroids, offsets, variances, residuals),
+        counters,
+        max_retrieved,
+        retrieval_budget,
+        min_retrieved_clusters,
+        estimation_budget,
+        estimator,
     )
-    contract.check_dtype(OP, "centroids", centroids, query.dtype)
-    heads, clusters = centroids.shape[2:4]
-    contract.check_heads(OP, query_heads, heads)
-    contract.check_shape(OP, "offsets", offsets, "B, Hkv, C + 1", (rows, heads, clusters + 1))
-    contract.check_dtype(OP, "offsets", offsets, torch.int32)
-    contract.check_shape(OP, "variances", variances, "B, Hkv, C", (rows, heads, clusters))
-    contract.check_dtype(OP, "variances", variances, torch.float32)
-    contract.check_shape(OP, "residuals", residuals, "B, Hkv, D", (rows, heads, head_dim))
-    contract.check_dtype(OP, "residuals", residuals, torch.float32)
-    contract.check_counters(OP, counters, rows)
-    for name, tensor in (
-        ("centroids", centroids),
-        ("offsets", offsets),
-        ("variances", variances),
-        ("residuals", residuals),
-        ("counters", counters),
-    ):
-        contract.check_device(OP, name, tensor, query, "query")
-    contract.check_fraction(OP, "retrieval_budget", retrieval_budget)
-    contract.check_fraction(OP, "estimation_budget", estimation_budget)
-    contract.check_not_negative(OP, "min_retrieved_clusters", min_retrieved_clusters)
-    torch._check(
-        estimator in ESTIMATORS,
-        lambda: f"{OP}: estimator must be 'variance' or 'mean', got '{estimator}'",
-    )
-    # In a graph for any number of clusters the kernel alone checks, at every call.
-    if isinstance(clusters, int) and isinstance(max_retrieved, int):
-        needed = retrieved_count(retrieval_budget, min_retrieved_clusters, clusters)
-        torch._check(
-            max_retrieved >= needed,
-            lambda: (
-                f"{OP}: max_retrieved must be at least {needed} for {clusters} clusters at these "
-                f"budgets, got {max_retrieved}"
-            ),
-        )
     return (
         query.new_empty((rows, heads, max_retrieved), dtype=torch.int32),
         query.new_empty((rows, query_heads, head_dim), dtype=torch.float32),
