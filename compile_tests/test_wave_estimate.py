@@ -165,6 +165,9 @@ def assert_matches(arguments: Arguments, device: str) -> None:
         for run, back in in_orders_of_head_dim(arguments, WITH_HEAD_DIM)
         for _, estimate, lse in [reference(**run, dtype=torch.float32)]
     ]
+    if device == "cuda":  # tensor cores multiply weights and mean values in query's dtype
+        rounding = {"dtype": torch.float32, "weights_dtype": arguments["query"].dtype}
+        runs.append((reference(**arguments, **rounding)[1], runs[0][1]))
     eager, eager_lse = (torch.stack(run) for run in zip(*runs, strict=True))
     given = on_device(poisoned(arguments), device)
     for kernels in every_kernel(device):

@@ -440,18 +440,19 @@ struct Merged {
 // Normalised result of tokens with state (largest, mass, value), merged with an estimate.
 __device__ __forceinline__ float merge_weights(
     const Merged& exact, float estimate_lse, float& keep, float& add) {
-  const float other = estimate_lse * kLog2e;
-  const float top = exact.mass == 0.0f ? other : fmaxf(exact.largest, other);
-  if (top == -INFINITY) {
-    keep = add = 0.0f;
-    return -INFINITY;
+  if (exact.mass == 0.0f) {  // the estimate comes back as it is
+    keep = 0.0f;
+    add = estimate_lse == -INFINITY ? 0.0f : 1.0f;
+    return estimate_lse;
   }
-  keep = exact.mass == 0.0f ? 0.0f : exp2_of(exact.largest - top);
+  const float other = estimate_lse * kLog2e;
+  const float top = fmaxf(exact.largest, other);
+  keep = exp2_of(exact.largest - top);
   add = exp2_of(other - top);
   const float mass = exact.mass * keep + add;
   keep /= mass;
   add /= mass;
-  return (top + log2_of(mass)) * kLn2;
+  return (top + log2f(mass)) * kLn2;  // once a query: the approximation of log2_of would show
 }
 
 template <typename T>
@@ -524,7 +525,7 @@ __device__ void merge_pieces(
     } else if (guess.mass > 0.0f) {
       const float inverse = 1.0f / guess.mass;
       estimate.x *= inverse, estimate.y *= inverse, estimate.z *= inverse, estimate.w *= inverse;
-      estimate_lse = (guess.largest + log2_of(guess.mass)) * kLn2;
+      estimate_lse = (guess.largest + log2f(guess.mass)) * kLn2;
     }
     if (params.out == nullptr) {
       reinterpret_cast<float4*>(params.estimate)[q * quads + quad] = estimate;

@@ -9,6 +9,9 @@ namespace retro {
 // Clusters whose squared residuals one block sums; fixed, so that sums are too.
 constexpr int kGroupClusters = 64;
 constexpr int kStrandClusters = kGroupClusters / kStrands;
+// Tokens summed before their sum joins that of the cluster: in one long sum of float32, a cluster of
+// hundreds of tokens would lose digits.
+constexpr int32_t kSumTokens = 32;
 
 // Clusters of one (row, head) that go into the index behind what it holds.
 struct Packing {
@@ -24,6 +27,16 @@ __device__ inline void write_offsets(const IndexView& index, const Packing& pack
       packing.first_cluster;
   for (int64_t c = threadIdx.x; c <= packing.clusters; c += blockDim.x) {
     offsets[c] = static_cast<int32_t>(packing.first_slot) + packing.starts[c];
+  }
+}
+
+// sum += part; part = 0
+template <int kCount>
+__device__ __forceinline__ void fold(float (&sum)[kCount], float (&part)[kCount]) {
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) {
+    sum[e] += part[e];
+    part[e] = 0.0f;
   }
 }
 
@@ -50,7 +63,10 @@ __device__ float pack_group(
       if (c >= packing.clusters) break;
       const int32_t first = packing.starts[c], last = packing.starts[c + 1];
       float mean_key[kVector] = {}, mean_value[kVector] = {};
+      float part_key[kVector] = {}, part_value[kVector] = {};
       for (int32_t start = first; start < last; start += kTogether) {
+        if ((start - first) % kSumTokens == 0)
+          fold(mean_key, part_key), fold(mean_value, part_value);
         Vector<T, kVector> key[kTogether], value[kTogether];
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) {
@@ -72,12 +88,13 @@ __device__ float pack_group(
           float row[kVector];
           key[k].to_floats(row);
 #pragma unroll
-          for (int e = 0; e < kVector; ++e) mean_key[e] += row[e];
+          for (int e = 0; e < kVector; ++e) part_key[e] += row[e];
           value[k].to_floats(row);
 #pragma unroll
-          for (int e = 0; e < kVector; ++e) mean_value[e] += row[e];
+          for (int e = 0; e < kVector; ++e) part_value[e] += row[e];
         }
       }
+      fold(mean_key, part_key), fold(mean_value, part_value);
       const float size = static_cast<float>(last - first > 1 ? last - first : 1);
 #pragma unroll
       for (int e = 0; e < kVector; ++e) mean_key[e] /= size, mean_value[e] /= size;
@@ -89,8 +106,9 @@ __device__ float pack_group(
         mean.from_floats(mean_value);
         mean.store(index.centroid_values.row<T>(packing.b, packing.h, at) + d);
       }
-      float squares[kVector] = {};
+      float squares[kVector] = {}, part[kVector] = {};
       for (int32_t start = first; start < last; start += kTogether) {
+        if ((start - first) % kSumTokens == 0) fold(squares, part);
         Vector<T, kVector> key[kTogether];
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) {
@@ -104,10 +122,11 @@ __device__ float pack_group(
           key[k].to_floats(row);
 #pragma unroll
           for (int e = 0; e < kVector; ++e) {
-            squares[e] += (row[e] - mean_key[e]) * (row[e] - mean_key[e]);
+            part[e] += (row[e] - mean_key[e]) * (row[e] - mean_key[e]);
           }
         }
       }
+      fold(squares, part);
       float total = 0.0f;
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {

@@ -134,8 +134,9 @@ def reference(
     estimator: str,
     scale: float,
     dtype: torch.dtype = torch.float64,
+    weights_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`wave_estimate` in plain torch; arithmetic in `dtype`."""
+    """`wave_estimate` in plain torch; arithmetic in `dtype`, weights rounded to `weights_dtype`."""
     scores = reference_scores(
         query, centroids, offsets, variances, residuals, counters, estimator, scale, dtype
     )
@@ -152,6 +153,7 @@ def reference(
     log_mass = scores.log_mass.masked_fill(~estimated, -torch.inf)
     lse = log_mass.logsumexp(dim=-1)
     weights = (log_mass - lse[..., None]).exp().nan_to_num(0.0)
+    weights = weights.to(weights_dtype or dtype).to(dtype)
     estimate = weights @ centroids[1].to(dtype)
     return retrieved.int(), estimate.flatten(1, 2), lse.flatten(1, 2)
 
