@@ -431,3 +431,17 @@ def test_layout_does_not_matter(device: str) -> None:
         for layout in ("permuted", "padded", "transposed"):
             given = on_device(make(Variant(layout=layout), [40, 25], [40, 25]), device)
             assert_same(decode_attention(**given), expected, f"{kernels}: {layout}")
+
+
+def test_backward_says_that_there_is_none(device: str) -> None:
+    message = "^decode_attention: retro_ops is for inference, there is no backward pass"
+    compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")
+    for op in (decode_attention, compiled):
+        torch._dynamo.reset()
+        arguments = refusable(device)
+        expected = decode_attention(**{**arguments, "counters": arguments["counters"].clone()})
+        arguments["query"].requires_grad_()
+        out = op(**arguments)
+        assert torch.equal(out, expected)
+        with pytest.raises(RuntimeError, match=message):
+            out.float().sum().backward()

@@ -277,6 +277,29 @@ def refuse_backward(op: str, differentiable: Sequence[int], arguments: int) -> N
     torch.library.register_autograd(f"retro::{op}", backward, setup_context=setup_context)
 
 
+class _NoBackward(torch.autograd.Function):
+    """The result of an op that changes an argument, for which torch takes no backward formula."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, argument: Tensor, op: str) -> Tensor:
+        ctx.save_for_backward(argument)
+        ctx.op = op
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+        (argument,) = ctx.saved_tensors
+        return None, torch.ops.retro.no_backward(grad, argument, ctx.op), None
+
+
+def without_backward(op: str, result: Tensor, argument: Tensor) -> Tensor:
+    """`result`, such that a backward pass from it to `argument` raises when it runs."""
+    if not (torch.is_grad_enabled() and argument.requires_grad):
+        return result
+    refusing: Tensor = _NoBackward.apply(result.detach(), argument, op)
+    return refusing
+
+
 @torch.library.register_fake("retro::no_backward")
 def _(grad: Tensor, argument: Tensor, op: str) -> Tensor:
     return torch.empty_like(argument)

@@ -53,7 +53,7 @@ def decode_attention(
 
     A CUDA graph can capture it. Has no backward pass.
     """
-    return torch.ops.retro.decode_attention(
+    out = torch.ops.retro.decode_attention(
         query,
         steady,
         store,
@@ -69,6 +69,7 @@ def decode_attention(
         estimator,
         scale,
     )
+    return contract.without_backward(OP, out, query)
 
 
 @torch.library.register_fake(f"retro::{OP}")
