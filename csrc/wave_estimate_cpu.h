@@ -19,7 +19,8 @@ struct WaveMemory {
   float* mass;        // [B * Hkv, G, padded]: logits, then masses, then those of estimated clusters
   float* rank;        // [B * Hkv, padded]: one query's ranking terms
   float* score;       // [B * Hkv, padded]
-  uint64_t* order;    // [B * Hkv, padded]: sort keys, partly sorted
+  uint64_t* keys;     // [B * Hkv, padded]: sort keys
+  uint64_t* spare;    // [B * Hkv, padded]: some of them in order
   int32_t* estimated;  // [B * Hkv, padded]: ids of the estimated clusters, ascending
   float* largest;      // [B * Hkv, G]: largest logit
   float* sums;         // [B * Hkv, partials, G, D]
@@ -39,7 +40,7 @@ inline WaveMemory<T> wave_memory(const WaveEstimateParams& params) {
       2 * Scratch::bytes<float>(tasks * groups) +
       Scratch::bytes<float>(tasks * groups * memory.padded) +
       2 * Scratch::bytes<float>(tasks * memory.padded) +
-      Scratch::bytes<uint64_t>(tasks * memory.padded) +
+      2 * Scratch::bytes<uint64_t>(tasks * memory.padded) +
       Scratch::bytes<int32_t>(tasks * memory.padded) + Scratch::bytes<float>(sums) +
       Scratch::bytes<int64_t>(tasks));
   memory.query = scratch.take<QueryOf<T>>(tasks * groups * params.head_dim);
@@ -48,7 +49,8 @@ inline WaveMemory<T> wave_memory(const WaveEstimateParams& params) {
   memory.mass = scratch.take<float>(tasks * groups * memory.padded);
   memory.rank = scratch.take<float>(tasks * memory.padded);
   memory.score = scratch.take<float>(tasks * memory.padded);
-  memory.order = scratch.take<uint64_t>(tasks * memory.padded);
+  memory.keys = scratch.take<uint64_t>(tasks * memory.padded);
+  memory.spare = scratch.take<uint64_t>(tasks * memory.padded);
   memory.estimated = scratch.take<int32_t>(tasks * memory.padded);
   memory.sums = scratch.take<float>(sums);
   memory.chosen = scratch.take<int64_t>(tasks);
@@ -172,30 +174,53 @@ inline uint64_t sort_key(float score, int32_t size, int64_t cluster) {
   return high << 32 | static_cast<uint64_t>(cluster);
 }
 
+// Keys are counted by their first 12 bits: sign, exponent and three bits of the score's fraction.
+constexpr int kBinShift = 52;
+constexpr int64_t kBins = int64_t{1} << (64 - kBinShift);
+
+// The key that `rank` of the keys are smaller than. Only the keys of its bin are put in order.
+inline uint64_t key_of_rank(
+    const uint64_t* keys, int64_t count, const int32_t* bins, int64_t rank, uint64_t* spare) {
+  int64_t bin = 0, before = 0;
+  while (before + bins[bin] <= rank) before += bins[bin++];
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    spare[found] = keys[i];
+    found += static_cast<int64_t>(keys[i] >> kBinShift) == bin;
+  }
+  std::nth_element(spare, spare + (rank - before), spare + found);
+  return spare[rank - before];
+}
+
 template <typename T>
 inline void choose_clusters(
     const WaveEstimateParams& params, const WaveMemory<T>& memory, int64_t task, int64_t live) {
   const int32_t* offsets = params.offsets + task * (params.clusters + 1);
   const float* score = memory.score + task * memory.padded;
-  uint64_t* order = memory.order + task * memory.padded;
-  const auto key = [&](int64_t c) { return sort_key(score[c], offsets[c + 1] - offsets[c], c); };
-  for (int64_t c = 0; c < live; ++c) order[c] = key(c);
+  uint64_t* keys = memory.keys + task * memory.padded;
+  uint64_t* spare = memory.spare + task * memory.padded;
+  int32_t bins[kBins] = {};
+  for (int64_t c = 0; c < live; ++c) {
+    keys[c] = sort_key(score[c], offsets[c + 1] - offsets[c], c);
+    ++bins[keys[c] >> kBinShift];
+  }
   const int64_t retrieved =
       retrieved_count(params.retrieval_budget, params.min_retrieved_clusters, live);
   const int64_t estimated =
       std::min(budget_count(params.estimation_budget, live), live - retrieved);
-  uint64_t first = ~0ull, last = ~0ull;  // keys of estimated clusters: first .. last - 1
-  if (retrieved + estimated < live) {
-    std::nth_element(order, order + retrieved + estimated, order + live);
-    last = order[retrieved + estimated];
+  // Keys of retrieved clusters lie below `first`, those of estimated ones below `last`.
+  const auto key_at = [&](int64_t rank) {
+    return rank < live ? key_of_rank(keys, live, bins, rank, spare) : ~0ull;
+  };
+  const uint64_t first = key_at(retrieved);
+  const uint64_t last = estimated > 0 ? key_at(retrieved + estimated) : first;
+  int64_t found = 0;
+  for (int64_t c = 0; c < live; ++c) {
+    if (keys[c] < first) spare[found++] = keys[c];
   }
-  if (estimated > 0) {
-    std::nth_element(order, order + retrieved, order + retrieved + estimated);
-    first = order[retrieved];
-  }
-  std::sort(order, order + retrieved);
+  std::sort(spare, spare + retrieved);
   int32_t* ids = params.retrieved + task * params.max_retrieved;
-  for (int64_t r = 0; r < retrieved; ++r) ids[r] = static_cast<int32_t>(order[r] & 0xffffffffu);
+  for (int64_t r = 0; r < retrieved; ++r) ids[r] = static_cast<int32_t>(spare[r] & 0xffffffffu);
   for (int64_t r = retrieved; r < params.max_retrieved; ++r) ids[r] = -1;
   memory.chosen[task] = estimated;
   if (estimated == 0) return;
@@ -206,12 +231,11 @@ inline void choose_clusters(
   float* mass = memory.mass + task * params.groups * memory.padded;
   int64_t e = 0;
   for (int64_t c = 0; c < live; ++c) {
-    const uint64_t own = key(c);
     estimated_ids[e] = static_cast<int32_t>(c);
     for (int64_t g = 0; g < params.groups; ++g) {
       mass[g * memory.padded + e] = mass[g * memory.padded + c];
     }
-    e += own >= first && own < last;
+    e += keys[c] >= first && keys[c] < last;
   }
   for (int64_t g = 0; g < params.groups; ++g) {
     for (int64_t i = e; i < round_up(e, kLanes); ++i) mass[g * memory.padded + i] = 0.0f;
