@@ -41,7 +41,8 @@ def wave_estimate(
     min_retrieved_clusters) are retrieved, the next round(estimation_budget C) are estimated, and C
     are the live clusters of the row. `estimator="mean"` has spread 0 and ranks by the softmax of
     scale q . k alone, as the paper does. Ties go to the lower cluster, a cluster without tokens
-    comes last, and a mass below e^-87 of the largest of its query counts as 0.
+    comes last, and on a CPU a mass below e^-87 of the largest of its query counts
+    as 0.
 
     Source: RetroInfer (arXiv 2505.02922), sections 4.1 and 4.2; departs in ranking by mass and in
     the spread: exp is convex, so the centroid alone gives a lower bound of the mass (the paper's
