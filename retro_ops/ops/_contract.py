@@ -287,7 +287,7 @@ class _NoBackward(torch.autograd.Function):
         return result.view_as(result)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         (argument,) = ctx.saved_tensors
         return None, torch.ops.retro.no_backward(grad, argument, ctx.op), None
 
