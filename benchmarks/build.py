@@ -11,8 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine
-from retro_ops.benchmarks.decode import HEAD_DIM, KV_HEADS, check, make_layer, make_rows
-from retro_ops.benchmarks.timing import Timing
+from retro_ops.benchmarks.decode import (
+    HEAD_DIM,
+    KV_HEADS,
+    cases,
+    check,
+    make_layer,
+    make_rows,
+)
+from retro_ops.benchmarks.timing import synchronize, time_steps
 
 OPS = ("cluster_keys", "pack_clusters", "append_tokens")
 COLUMNS = (
@@ -36,21 +43,8 @@ def run(
     for dtype in dtypes:
         check(device, dtype)
     facts = machine.facts(device)
-    for dtype in dtypes:
-        for kind in kinds:
-            for tokens in contexts:
-                for rows in batch_sizes:
-                    figures = _measure(device, dtype, kind, tokens, rows, config, rounds)
-                    yield [
-                        {
-                            "dtype": str(dtype).removeprefix("torch."),
-                            "keys": kind,
-                            "context": tokens,
-                            "batch": rows,
-                            **figures,
-                            **facts,
-                        }
-                    ]
+    for case in cases(dtypes, kinds, contexts, batch_sizes):
+        yield [{**case.columns(), **_measure(device, *case, config, rounds), **facts}]
 
 
 class _OpTimes(TorchDispatchMode):
@@ -64,8 +58,7 @@ class _OpTimes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         begin = time.perf_counter()
         result = func(*args, **(kwargs or {}))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         name = func.name().removeprefix("retro::")
         if name in self.seconds:
             self.seconds[name] += time.perf_counter() - begin
@@ -86,16 +79,8 @@ def _measure(
 
     def build() -> None:
         layer.prefill(keys, values)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
-    build()
-    microseconds = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        build()
-        microseconds.append(1e6 * (time.perf_counter() - begin))
-    timing = Timing.of(microseconds)
+    timing = time_steps(device, build, rounds=rounds, warm_up=1)
     for _ in range(2):  # what the timer itself does for the first time is not the build's
         with _OpTimes(device) as times:
             begin = time.perf_counter()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +34,34 @@ COLUMNS = (
     *("gb_per_s", "copy_percent", "ratio", "error", "note"),
 )
 """What a table shows of a row; the machine is in its title."""
+
+
+class Case(NamedTuple):
+    """What keys a figure is for."""
+
+    dtype: torch.dtype
+    kind: str
+    tokens: int
+    rows: int
+
+    def columns(self) -> dict[str, object]:
+        """As it stands in a row of figures."""
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "keys": self.kind,
+            "context": self.tokens,
+            "batch": self.rows,
+        }
+
+
+def cases(
+    dtypes: Sequence[torch.dtype],
+    kinds: Sequence[str],
+    contexts: Sequence[int],
+    batch_sizes: Sequence[int],
+) -> Iterator[Case]:
+    """All combinations, in the order in which they are measured."""
+    return itertools.starmap(Case, itertools.product(dtypes, kinds, contexts, batch_sizes))
 
 
 def dense_gqa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -112,23 +142,14 @@ def run(
         check(device, dtype)
     facts = machine.facts(device)
     copy = machine.copy_gb_per_s(device)
-    for dtype in dtypes:
-        for kind in kinds:
-            for tokens in contexts:
-                for rows in batch_sizes:
-                    case = {
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "keys": kind,
-                        "context": tokens,
-                        "batch": rows,
-                    }
-                    try:
-                        figures = _measure(device, dtype, kind, tokens, rows, config, rounds, copy)
-                    except (torch.OutOfMemoryError, RuntimeError) as error:
-                        if "memory" not in str(error):
-                            raise
-                        figures = [{"attention": "both", "note": "does not fit in memory"}]
-                    yield [{**case, **figure, **facts} for figure in figures]
+    for case in cases(dtypes, kinds, contexts, batch_sizes):
+        try:
+            figures = _measure(device, *case, config, rounds, copy)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if "memory" not in str(error):
+                raise
+            figures = [{"attention": "both", "note": "does not fit in memory"}]
+        yield [{**case.columns(), **figure, **facts} for figure in figures]
 
 
 def _measure(

@@ -53,23 +53,30 @@ def time_in_turn(
     return {name: Timing.of(times) for name, times in microseconds.items()}
 
 
-def time_steps(device: torch.device, step: Callable[[], object], *, rounds: int) -> Timing:
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU to finish; a CPU has when a call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_steps(
+    device: torch.device, step: Callable[[], object], *, rounds: int, warm_up: int = 5
+) -> Timing:
     """Times steps that follow one another, as decoding does; compilation and warm-up come before.
 
     Args:
         device: where the step runs.
         step: one step; graphs that it needs are its own affair.
         rounds: timed steps.
+        warm_up: steps before them.
     """
     microseconds = []
-    for round_ in range(rounds + 5):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    for round_ in range(warm_up + rounds):
+        synchronize(device)
         begin = time.perf_counter()
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if round_ >= 5:
+        synchronize(device)
+        if round_ >= warm_up:
             microseconds.append(1e6 * (time.perf_counter() - begin))
     return Timing.of(microseconds)
 

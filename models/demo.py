@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, Stopp
 
 from retro_ops import RetroConfig
 from retro_ops.models.cache import RetroCache
-from retro_ops.models.generate import Decoder, kv_bytes_per_token, make_cache
+from retro_ops.models.generate import Decoder, finished_at, kv_bytes_per_token, make_cache
 from retro_ops.models.prose import haystack, make_needle
 from retro_ops.models.recall import make_task
 
@@ -173,15 +172,10 @@ class _StepTimes(StoppingCriteria):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.moments = [self.now()]
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        self.moments = [finished_at(device)]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.moments.append(self.now())
+        self.moments.append(finished_at(self.device))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -230,6 +224,8 @@ def text_demo(
                 f"{limit} tokens that the model reads; shorten the prompt"
             )
         encoded.append(inputs.to(model.device))
+    compile_config = CompileConfig(fullgraph=True)
+    compile_config._compile_all_devices = True
     results = []
     for attention in attentions:
         result = Result(attention, questions=sum(bool(p.outputs) for p in prompts))
@@ -245,8 +241,6 @@ def text_demo(
                 config=config,
             )
             times = _StepTimes(model.device)
-            compile_config = CompileConfig(fullgraph=True)
-            compile_config._compile_all_devices = True
             with torch.inference_mode():
                 ids = model.generate(
                     **inputs,

@@ -63,6 +63,13 @@ def kv_bytes_per_token(cache: Cache, batch_size: int) -> int:
     return total
 
 
+def finished_at(device: torch.device) -> float:
+    """Seconds on a clock, when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Decoder:
     """One batch of rows of equal length: a prompt at once, then a token of each row at a time.
 
@@ -101,25 +108,20 @@ class Decoder:
 
     def prefill(self, ids: Tensor) -> Tensor:
         """Logits `[B, V]` of the token that follows the prompt `[B, T]`."""
-        begin = self._now()
+        begin = finished_at(self.model.device)
         logits = self._run(self.model.forward, ids)
-        self.prefill_seconds = self._now() - begin
+        self.prefill_seconds = finished_at(self.model.device) - begin
         return logits
 
     def step(self, ids: Tensor) -> Tensor:
         """Logits `[B, V]` of the token that follows `ids` `[B, 1]`."""
-        begin = self._now()
+        begin = finished_at(self.model.device)
         self._ids.copy_(ids)
         logits = self._run(self._forward, self._ids)
-        self.step_seconds.append(self._now() - begin)
+        self.step_seconds.append(finished_at(self.model.device) - begin)
         return logits
 
     @torch.inference_mode()
     def _run(self, forward: Callable[..., Any], ids: Tensor) -> Tensor:
         out = forward(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1]
-
-    def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
