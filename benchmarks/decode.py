@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,10 +78,33 @@ def dense_folded(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return scaled_dot_product_attention(folded, keys, values).view(query.shape)
 
 
-DENSE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "gqa": dense_gqa,
-    "folded": dense_folded,
-}
+def dense_flash3(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """FlashAttention-3, which splits the context by its own heuristic."""
+    flash = importlib.import_module(_flash3_module() or "flash_attn_interface")
+    rows_first = [tensor.transpose(1, 2) for tensor in (query, keys, values)]
+    out: Tensor = flash.flash_attn_func(*rows_first, num_splits=0)
+    return out.transpose(1, 2)
+
+
+def _flash3_module() -> str | None:
+    """Under which name FlashAttention-3 can be imported, if it can."""
+    names = ("flash_attn_interface", "fa3_fwd_interface")
+    return next((name for name in names if importlib.util.find_spec(name)), None)
+
+
+Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+TORCH_DENSE: dict[str, Dense] = {"gqa": dense_gqa, "folded": dense_folded}
+
+
+def dense_calls(device: torch.device, dtype: torch.dtype) -> dict[str, Dense]:
+    """What can compute dense attention here."""
+    flash3 = (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and _flash3_module() is not None
+    )
+    return {**TORCH_DENSE, "flash3": dense_flash3} if flash3 else TORCH_DENSE
 
 
 def check(device: torch.device, dtype: torch.dtype) -> None:
@@ -92,7 +117,7 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
     eager = dense_attention(query, keys, values)
     out = layer.decode(query, keys[:, :, -1:], values[:, :, -1:])
     assert_within_budget(out, exact, eager, "retro")
-    for name, dense in DENSE.items():
+    for name, dense in dense_calls(device, dtype).items():
         error = relative_error(dense(query, keys, values), exact)
         assert error < 0.02, f"dense {name} errs by {error:.3g}"
 
@@ -175,12 +200,17 @@ def _measure(
         turn["step"] += 1
         return layer.decode(queries[turn["step"] % QUERIES], *last)
 
+    dense = dense_calls(device, dtype)
     calls: dict[str, Callable[[], object]] = {
-        f"dense {name}": functools.partial(dense, queries[0], keys, values)
-        for name, dense in DENSE.items()
+        f"dense {name}": functools.partial(call, queries[0], keys, values)
+        for name, call in dense.items()
     }
     timings = time_in_turn(device, {**calls, "retro": retro}, rounds=rounds)
-    dense_name = min(calls, key=lambda name: timings[name].median_us)
+
+    def fastest(names: Iterable[str]) -> str:
+        return min(names, key=lambda name: timings[name].median_us)
+
+    fastest_dense = fastest(calls)
     dense_bytes = 2 * keys.numel() * keys.element_size()
     retro_bytes = rows * layer.stats()["bytes_read_per_token"]
 
@@ -194,15 +224,18 @@ def _measure(
             "bytes": bytes_,
             "gb_per_s": gb_per_s,
             "copy_percent": 100 * gb_per_s / copy_gb_per_s,
-            "ratio": timings[dense_name].median_us / timing.median_us,
+            "ratio": timings[fastest_dense].median_us / timing.median_us,
             "error": error,
         }
 
-    dense_error = _error(DENSE[dense_name[6:]](queries[0], keys, values), queries[0], keys, values)
-    return [
-        figure(dense_name, timings[dense_name], dense_bytes, dense_error),
-        figure("retro", timings["retro"], retro_bytes, error),
-    ]
+    torch_calls = [f"dense {name}" for name in TORCH_DENSE]
+    shown = [fastest(torch_calls), *(name for name in calls if name not in torch_calls)]
+    figures = []
+    for name in shown:
+        out = dense[name.removeprefix("dense ")](queries[0], keys, values)
+        dense_error = _error(out, queries[0], keys, values)
+        figures.append(figure(name, timings[name], dense_bytes, dense_error))
+    return [*figures, figure("retro", timings["retro"], retro_bytes, error)]
 
 
 def _error(out: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> float:

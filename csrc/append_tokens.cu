@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) append_tokens_kernel(
   wait_for_predecessor();
 
   int64_t* counters = params.counters + b * kCounters;
-  const int64_t steady = counters[kSteadyTokens];
+  const int64_t steady = counters[kSteadyTokens], indexed = counters[kIndexedTokens];
   const bool* mask = params.mask == nullptr ? nullptr : params.mask + b * params.tokens;
   int32_t* chosen = chosen_tokens == nullptr ? nullptr : chosen_tokens + b * params.steady_capacity;
   int64_t count = params.tokens;
@@ -53,25 +53,25 @@ __global__ void __launch_bounds__(kThreads) append_tokens_kernel(
     }
   }
   __syncthreads();
+  const int64_t chunks = params.row_bytes / 16;
+  const auto chunk_of = [&](const Rows& rows, int64_t h, int64_t t, int64_t chunk) {
+    return reinterpret_cast<uint4*>(
+               static_cast<char*>(rows.data) +
+               (b * rows.stride_b + h * rows.stride_h + t * rows.stride_t) * params.element_bytes) +
+        chunk;
+  };
   const bool fits = steady >= 0 && steady + count <= params.steady_capacity &&
-      steady + counters[kIndexedTokens] + count <= params.max_length;
-  if (fits) {
-    const int64_t chunks = params.row_bytes / 16;
-    for (int64_t i = thread; i < count * params.heads * chunks; i += kThreads) {
-      const int64_t chunk = i % chunks, t = i / chunks % count, h = i / chunks / count;
-      const int64_t from = mask == nullptr ? t : chosen[t];
-      const auto copy = [&](const Rows& source, const Rows& target) {
-        const char* read = static_cast<const char*>(source.data) +
-            (b * source.stride_b + h * source.stride_h + from * source.stride_t) *
-                params.element_bytes;
-        char* write = static_cast<char*>(target.data) +
-            (b * target.stride_b + h * target.stride_h + (steady + t) * target.stride_t) *
-                params.element_bytes;
-        reinterpret_cast<uint4*>(write)[chunk] = reinterpret_cast<const uint4*>(read)[chunk];
-      };
-      copy(params.keys, params.steady_keys);
-      copy(params.values, params.steady_values);
-    }
+      steady + indexed + count <= params.max_length;
+  for (int64_t i = thread; i < count * params.heads * chunks; i += kThreads) {
+    const int64_t chunk = i % chunks, t = i / chunks % count, h = i / chunks / count;
+    if (mask != nullptr && !fits) break;  // not all tokens have been chosen
+    const int64_t from = mask == nullptr ? t : chosen[t];
+    // Asked for before it is known whether there is room: with one token there is one round.
+    const uint4 key = *chunk_of(params.keys, h, from, chunk);
+    const uint4 value = *chunk_of(params.values, h, from, chunk);
+    if (!fits) break;
+    *chunk_of(params.steady_keys, h, steady + t, chunk) = key;
+    *chunk_of(params.steady_values, h, steady + t, chunk) = value;
   }
   __syncthreads();
   if (thread == 0) counters[fits ? kSteadyTokens : kDroppedTokens] += count;

@@ -6,54 +6,68 @@ namespace retro {
 namespace {
 
 constexpr int kTileTokens = 16;  // rows of a matrix instruction
-constexpr int kAttendWarps = 4;
-constexpr int kAttendThreads = kAttendWarps * 32;
-// Ranks whose places fit beside the tiles of three blocks on one processor.
+// Ranks whose places are kept in shared memory.
 constexpr int64_t kRanksInShared = 1280;
-constexpr int64_t kBlocksPerProcessor = 2;
-// Where there are more (row, head) pairs than that gives pieces: rows differ, and a processor that is done
-// early takes another piece.
-constexpr int64_t kFewestPieces = 12;
-// Of the bytes that attention reads at the default budgets, centroids are about a fourth.
-constexpr int64_t kEstimatePercent = 27;
+// One block fills a processor: what it waits for when it begins and ends, it waits for once.
+constexpr int64_t kTileBytesPerBlock = 192 * 1024;
+// Of the warps of a block. At the default budgets clusters are a fourth of the bytes or less, but half as
+// many to a tile.
+constexpr int kEstimatePercent = 33;
+// Pieces for each processor where there are more (row, head) pairs than processors: rows differ, and who is
+// done early takes another piece.
+constexpr int64_t kRounds = 4;
 
-// Sizes of one warp's tile. A warp reads rows in the order in which its lanes feed the matrix units:
-// lane 4 r + j holds of keys r and r + 8 every fourth chunk from j, and of values 2 j, 2 j + 1, 2 j + 8,
-// 2 j + 9 every eighth chunk from r. Tiles are copied in the order of memory: the loads of eight lanes make
-// one access only if they read one line.
-template <typename T, int kGroups, int kQueryTiles>
+// What a block needs to know of element type, head size (in groups of four chunks of keys) and queries (in
+// tiles of eight). A warp copies 16 rows at a time, each chunk to a place where the lanes that feed the
+// matrix units find it without bank conflicts: lane 4 r + j reads of keys r and r + 8 every fourth chunk from
+// j, and of values 2 j, 2 j + 1, 2 j + 8, 2 j + 9 every eighth chunk from r.
+template <typename Element, int kKeyGroups, int kTilesOfQueries>
 struct Shape {
+  using T = Element;
+  static constexpr int kGroups = kKeyGroups;
+  static constexpr int kQueryTiles = kTilesOfQueries;
   static constexpr int kElements = kChunk<T>;
+  static constexpr int kKeyRow = 4 * kGroups;  // chunks
   static constexpr int kValueGroups = (kGroups + 1) / 2;
+  static constexpr int kValueRow = 8 * kValueGroups;
   static constexpr int kQueries = 8 * kQueryTiles;
-  static constexpr int kPadded = kValueGroups * 8 * kElements;  // head_dim rounded up
-  static constexpr int kKeyChunks = 2 * kGroups * 32;
-  static constexpr int kValueChunks = 4 * kValueGroups * 32;
-  static constexpr int kMassWords = 4 * kQueryTiles * 32;
+  static constexpr int kPadded = kValueRow * kElements;  // head_dim rounded up
+  static constexpr int kKeyChunks = kTileTokens * kKeyRow;
+  static constexpr int kValueChunks = kTileTokens * kValueRow;
+  static constexpr int kMassChunks = kTileTokens * kQueries / 4;
   // Estimates need masses where tokens need keys.
   static constexpr int kTileBytes =
-      16 * kValueChunks + (16 * kKeyChunks > 4 * kMassWords ? 16 * kKeyChunks : 4 * kMassWords);
-  // Tiles of a warp that are under way or in use. Three blocks to a processor hide each other's beginning
-  // and end.
+      16 * (kValueChunks + (kKeyChunks > kMassChunks ? kKeyChunks : kMassChunks));
+  // Tiles of a warp that are under way or in use.
   static constexpr int kStages = kTileBytes <= 4096 ? 4 : kTileBytes <= 16384 ? 2 : 1;
   static constexpr int kWarpBytes = kStages * kTileBytes;
+  // More would leave them too few registers.
+  static constexpr int kMostWarps = kMatrix<T> && kGroups <= 4 && kQueryTiles == 1 ? 12 : 6;
   // More copies written out would keep too many addresses in registers.
-  static constexpr int kUnroll = kGroups <= 4 ? 4 : 2;
+  static constexpr int kUnroll = kGroups <= 3 ? 4 : 2;
   static_assert(
       kWarpBytes >= 4 * kQueries * kPadded, "the state of a warp takes the place of its tiles");
+
+  static __device__ __forceinline__ int key_place(int row, int chunk) {
+    return place_of<kKeyRow>(row, chunk);
+  }
+  static __device__ __forceinline__ int value_place(int row, int chunk) {
+    return row * kValueRow + (chunk ^ (row >> 1 & 3) << 1);
+  }
 };
 
 struct Place {
   int32_t task, b, h, first_query;  // (row, head), and where its query tile begins
   int32_t queries;                  // of the tile
-  int32_t piece, pieces;
+  int32_t piece;
 };
 
 // The softmax state of a warp for its queries, spread over its lanes: lane 4 r + j has, of queries
 // 8 n + 2 j + x, element e of the chunks 8 c + r.
-template <typename T, int kGroups, int kQueryTiles>
+template <typename S>
 struct WarpState {
-  using S = Shape<T, kGroups, kQueryTiles>;
+  using T = typename S::T;
+  static constexpr int kQueryTiles = S::kQueryTiles;
   float largest[kQueryTiles][2];
   float mass[kQueryTiles][2];  // of this lane's rows
   float values[kQueryTiles][S::kValueGroups][S::kElements][2];
@@ -129,7 +143,10 @@ struct WarpState {
       for (int c = 0; c < S::kValueGroups; ++c) {
         uint4 chunks[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) chunks[i] = rows[(i * S::kValueGroups + c) * 32 + lane];
+        for (int i = 0; i < 4; ++i) {
+          const int row = lane % 4 * 2 + i % 2 + i / 2 * 8;
+          chunks[i] = rows[S::value_place(row, 8 * c + lane / 4)];
+        }
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           uint32_t words[4];
@@ -162,11 +179,10 @@ struct WarpState {
             weights[n][x] = __shfl_sync(kAllLanes, logits[n][t / 8 * 2 + x], t % 8 * 4 + j);
           }
         }
-        const int slot = (t & 1) + (t >> 3) * 2, from = r * 4 + (t & 7) / 2;
 #pragma unroll
         for (int c = 0; c < S::kValueGroups; ++c) {
           float row[S::kElements];
-          unpack_chunk<T>(rows[(slot * S::kValueGroups + c) * 32 + from], row);
+          unpack_chunk<T>(rows[S::value_place(t, 8 * c + r)], row);
 #pragma unroll
           for (int n = 0; n < kQueryTiles; ++n) {
 #pragma unroll
@@ -205,14 +221,15 @@ struct WarpState {
 };
 
 // The queries of a block, as the lanes feed them to the matrix units; in float32 in shared memory.
-template <typename T, int kGroups, int kQueryTiles>
+template <typename S>
 struct Queries {
-  using S = Shape<T, kGroups, kQueryTiles>;
+  using T = typename S::T;
+  static constexpr int kGroups = S::kGroups, kQueryTiles = S::kQueryTiles;
   uint4 chunks[kMatrix<T> ? kQueryTiles : 1][kMatrix<T> ? kGroups : 1];
   const float* rows;  // [queries, kPadded]
 
   __device__ __forceinline__ void load(
-      const AttendParams& params, const Place& place, float* shared, int lane) {
+      const AttendParams& params, const Place& place, float* shared, int lane, int threads) {
     if constexpr (kMatrix<T>) {
       const int row_chunks = static_cast<int>(params.head_dim) / S::kElements;
 #pragma unroll
@@ -229,8 +246,7 @@ struct Queries {
       }
     } else {
       rows = shared;
-      for (int i = static_cast<int>(threadIdx.x); i < S::kQueries * S::kPadded;
-           i += kAttendThreads) {
+      for (int i = static_cast<int>(threadIdx.x); i < S::kQueries * S::kPadded; i += threads) {
         const int query = i / S::kPadded, d = i % S::kPadded;
         shared[i] = query < place.queries && d < params.head_dim
             ? to_float(params.query.row<const T>(place.b, place.h, place.first_query + query)[d])
@@ -250,7 +266,9 @@ struct Queries {
       }
 #pragma unroll
       for (int c = 0; c < kGroups; ++c) {
-        const uint4 near = keys[c * 32 + lane], far = keys[(kGroups + c) * 32 + lane];
+        const int chunk = 4 * c + lane % 4;
+        const uint4 near = keys[S::key_place(lane / 4, chunk)];
+        const uint4 far = keys[S::key_place(lane / 4 + 8, chunk)];
 #pragma unroll
         for (int n = 0; n < kQueryTiles; ++n) {
           float (&s)[4] = sums[n];
@@ -265,8 +283,8 @@ struct Queries {
 #pragma unroll 2
       for (int c = 0; c < kGroups; ++c) {
         float key[2][S::kElements];
-        unpack_chunk<T>(keys[c * 32 + lane], key[0]);
-        unpack_chunk<T>(keys[(kGroups + c) * 32 + lane], key[1]);
+        unpack_chunk<T>(keys[S::key_place(lane / 4, 4 * c + j)], key[0]);
+        unpack_chunk<T>(keys[S::key_place(lane / 4 + 8, 4 * c + j)], key[1]);
 #pragma unroll
         for (int query = 0; query < S::kQueries; ++query) {
           float row[S::kElements];
@@ -312,9 +330,9 @@ struct TwoPlaces {
 
 // One warp's walk over the tiles of a piece; the copies of later tiles are under way meanwhile. Every part
 // stands in the code once: at batch 1 most of it runs once or twice, and fetching it takes its time.
-template <typename T, int kGroups, int kQueryTiles>
+template <typename S>
 struct Walker {
-  using S = Shape<T, kGroups, kQueryTiles>;
+  using T = typename S::T;
   TwoPlaces<T> keys, values;
   char* memory;  // of this warp
   int lane, row_chunks;
@@ -364,43 +382,42 @@ struct Walker {
 
   // Copies the tile whose rows lie where `at` says, this lane's at lane % 16.
   __device__ __forceinline__ void copy(int stage, int32_t at) {
-    const int r = lane / 4, j = lane % 4;
-    if (estimates) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int32_t own = __shfl_sync(kAllLanes, at, r + 8 * i);
-        const float* from = masses + static_cast<int64_t>(own < 0 ? 0 : own) * groups;
-#pragma unroll
-        for (int n = 0; n < kQueryTiles; ++n) {
-#pragma unroll
-          for (int x = 0; x < 2; ++x) {
-            const int query = 8 * n + 2 * j + x;
-            const bool inside = own >= 0 && query < queries;
-            copy_async_word(
-                masses_at(stage) + (n * 4 + 2 * i + x) * 32 + lane, from + (inside ? query : 0),
-                inside);
-          }
-        }
-      }
-    } else {
+    if (!estimates) {
 #pragma unroll(S::kUnroll)
-      for (int k = 0; k < 2 * kGroups; ++k) {
-        const int index = k * 32 + lane, row = index / (4 * kGroups), chunk = index % (4 * kGroups);
+      for (int k = 0; k < S::kKeyChunks / 32; ++k) {
+        const int index = k * 32 + lane, row = index / S::kKeyRow, chunk = index % S::kKeyRow;
         const int32_t own = __shfl_sync(kAllLanes, at, row);
         copy_async(
-            keys_at(stage) + (row / 8 * kGroups + chunk / 4) * 32 + row % 8 * 4 + chunk % 4,
-            keys.row(own) + chunk, own != -1 && chunk < row_chunks);
+            keys_at(stage) + S::key_place(row, chunk), keys.row(own) + chunk,
+            own != -1 && chunk < row_chunks);
+      }
+    } else if (groups % 4 == 0) {
+#pragma unroll
+      for (int k = 0; k < S::kMassChunks / 32; ++k) {
+        constexpr int kRow = S::kQueries / 4;
+        const int index = k * 32 + lane, row = index / kRow, chunk = index % kRow;
+        const int32_t own = __shfl_sync(kAllLanes, at, row);
+        const float* from = masses + static_cast<int64_t>(own < 0 ? 0 : own) * groups;
+        const bool inside = own >= 0 && chunk * 4 < queries;
+        copy_async(masses_at(stage) + index * 4, from + (inside ? chunk * 4 : 0), inside);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < S::kMassChunks / 8; ++k) {
+        const int index = k * 32 + lane, row = index / S::kQueries, query = index % S::kQueries;
+        const int32_t own = __shfl_sync(kAllLanes, at, row);
+        const float* from = masses + static_cast<int64_t>(own < 0 ? 0 : own) * groups;
+        const bool inside = own >= 0 && query < queries;
+        copy_async_word(masses_at(stage) + index, from + (inside ? query : 0), inside);
       }
     }
 #pragma unroll(S::kUnroll)
-    for (int k = 0; k < 4 * S::kValueGroups; ++k) {
-      constexpr int kRowChunks = 8 * S::kValueGroups;
-      const int index = k * 32 + lane, row = index / kRowChunks, chunk = index % kRowChunks;
+    for (int k = 0; k < S::kValueChunks / 32; ++k) {
+      const int index = k * 32 + lane, row = index / S::kValueRow, chunk = index % S::kValueRow;
       const int32_t own = __shfl_sync(kAllLanes, at, row);
-      const int i = row % 2 + row / 8 * 2;
       copy_async(
-          values_at(stage) + (i * S::kValueGroups + chunk / 8) * 32 + chunk % 8 * 4 + row % 8 / 2,
-          values.row(own) + chunk, own != -1 && chunk < row_chunks);
+          values_at(stage) + S::value_place(row, chunk), values.row(own) + chunk,
+          own != -1 && chunk < row_chunks);
     }
   }
 
@@ -455,69 +472,113 @@ __device__ __forceinline__ float merge_weights(
   return (top + log2f(mass)) * kLn2;  // once a query: the approximation of log2_of would show
 }
 
-template <typename T>
-__device__ void merge_pieces(
-    const AttendParams& params,
-    const Place& place,
-    int64_t tile,
-    int queries_of_tile,
-    char* shared) {
-  const int pieces = place.pieces, thread = static_cast<int>(threadIdx.x);
-  float2* sums = reinterpret_cast<float2*>(shared);                            // [pieces, queries]
-  float* factors = reinterpret_cast<float*>(sums + pieces * queries_of_tile);  // the same
-  Merged* merged = reinterpret_cast<Merged*>(factors + pieces * queries_of_tile);  // [2, queries]
-  const float2* from = params.sums + tile * pieces * queries_of_tile;
-#pragma unroll 2
-  for (int i = thread; i < pieces * queries_of_tile; i += kAttendThreads)
-    sums[i] = __ldcg(from + i);
-  __syncthreads();
-#pragma unroll 1
-  for (int i = thread; i < 2 * queries_of_tile; i += kAttendThreads) {
-    const int query = i % queries_of_tile;
-    const bool estimates = i >= queries_of_tile;
-    const int first = estimates ? params.exact_pieces : 0;
-    const int last = estimates ? pieces : params.exact_pieces;
-    Merged state = {-INFINITY, 0.0f};
-#pragma unroll 4
-    for (int p = first; p < last; ++p) {
-      state.largest = fmaxf(state.largest, sums[p * queries_of_tile + query].x);
-    }
-    const float origin = state.largest == -INFINITY ? 0.0f : state.largest;
-#pragma unroll 4
-    for (int p = first; p < last; ++p) {
-      const float2 own = sums[p * queries_of_tile + query];
-      const float factor = own.y == 0.0f ? 0.0f : exp2_of(own.x - origin);
-      factors[p * queries_of_tile + query] = factor;
-      state.mass += own.y * factor;
-    }
-    merged[i] = state;
+// What a block that merges keeps in shared memory.
+struct MergeMemory {
+  float4* blended;  // [2, queries, quads]: values of tokens and of clusters
+  Merged* merged;   // [2, queries]
+  float* factors;   // [2, queries, pieces]
+
+  static int64_t bytes(int64_t pieces, int64_t queries, int64_t quads) {
+    return queries * 2 * (quads * 16 + 8 + pieces * 4);
   }
-  __syncthreads();
-  const int quads = static_cast<int>(params.head_dim) / 4;
-  const float4* values =
-      reinterpret_cast<const float4*>(params.values) + tile * pieces * queries_of_tile * quads;
+};
+
+// Merges all pieces, always in the same order.
+template <typename S>
+__device__ void merge_pieces(
+    const AttendParams& params, const Place& place, int64_t tile, char* shared) {
+  using T = typename S::T;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int lane = thread % 32, pieces = params.pieces;
+  const int exact_parts = params.exact_warps > 0, parts = exact_parts + (params.estimate_warps > 0);
+  const int quads = static_cast<int>(params.head_dim) / 4, items = place.queries * quads;
+  MergeMemory memory;
+  memory.blended = reinterpret_cast<float4*>(shared);
+  memory.merged = reinterpret_cast<Merged*>(memory.blended + 2 * S::kQueries * quads);
+  memory.factors = reinterpret_cast<float*>(memory.merged + 2 * S::kQueries);
+  const int64_t first_sum = tile * pieces * parts * S::kQueries;
+  // Kind 0 is of tokens, kind 1 of clusters.
+  const auto exists = [&](int kind) {
+    return kind == 0 ? exact_parts > 0 : params.estimate_warps > 0;
+  };
+  // Values are asked for before their factors are known.
+  constexpr int kAhead = 8;
+  float4 ahead[kAhead];
+  const auto fetch = [&](int item, int start) {
+    const int kind = item / items;
+    if (!exists(kind)) return;
+    const float4* own = reinterpret_cast<const float4*>(params.values) +
+        (first_sum + (kind == 0 ? 0 : exact_parts * S::kQueries)) * quads + (item - kind * items);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (start + k < pieces) ahead[k] = __ldcg(own + (start + k) * parts * S::kQueries * quads);
+    }
+  };
+  if (thread < 2 * items) fetch(thread, 0);
 #pragma unroll 1
-  for (int i = thread; i < place.queries * quads; i += kAttendThreads) {
-    const int query = i / quads, quad = i % quads;
-    float4 estimate, sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  for (int i = thread / 32; i < 2 * place.queries; i += threads / 32) {
+    const int kind = i / place.queries, query = i - kind * place.queries;
+    Merged state = {-INFINITY, 0.0f};
+    if (exists(kind)) {
+      const float2* sums =
+          params.sums + first_sum + (kind == 0 ? 0 : exact_parts * S::kQueries) + query;
+      const float2 first =
+          lane < pieces ? __ldcg(sums + lane * parts * S::kQueries) : make_float2(-INFINITY, 0.0f);
+      state.largest = first.x;
 #pragma unroll 1
-    for (int part = 0; part < 2; ++part) {  // clusters, then tokens
-      estimate = sum;
-      sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      const int first = part == 0 ? params.exact_pieces : 0;
-      const int last = part == 0 ? pieces : params.exact_pieces;
-#pragma unroll 8
-      for (int p = first; p < last; ++p) {
-        const float factor = factors[p * queries_of_tile + query];
-        const float4 own = __ldcg(values + (p * queries_of_tile + query) * quads + quad);
-        sum.x += factor * own.x;
-        sum.y += factor * own.y;
-        sum.z += factor * own.z;
-        sum.w += factor * own.w;
+      for (int p = lane + 32; p < pieces; p += 32) {
+        state.largest = fmaxf(state.largest, __ldcg(sums + p * parts * S::kQueries).x);
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) {
+        state.largest = fmaxf(state.largest, __shfl_xor_sync(kAllLanes, state.largest, step));
+      }
+      const float origin = state.largest == -INFINITY ? 0.0f : state.largest;
+#pragma unroll 1
+      for (int p = lane; p < pieces; p += 32) {
+        const float2 own = p == lane ? first : __ldcg(sums + p * parts * S::kQueries);
+        const float factor = own.y == 0.0f ? 0.0f : exp2_of(own.x - origin);
+        memory.factors[(kind * S::kQueries + query) * pieces + p] = factor;
+        state.mass += own.y * factor;
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) {
+        state.mass += __shfl_xor_sync(kAllLanes, state.mass, step);
       }
     }
+    if (lane == 0) memory.merged[kind * S::kQueries + query] = state;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int item = thread; item < 2 * items; item += threads) {
+    const int kind = item / items, query = (item - kind * items) / quads;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (exists(kind)) {
+      const float* factors = memory.factors + (kind * S::kQueries + query) * pieces;
+#pragma unroll 1
+      for (int start = 0; start < pieces; start += kAhead) {
+        if (start > 0 || item != thread) fetch(item, start);
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+          if (start + k >= pieces) continue;
+          const float factor = factors[start + k];
+          sum.x += factor * ahead[k].x;
+          sum.y += factor * ahead[k].y;
+          sum.z += factor * ahead[k].z;
+          sum.w += factor * ahead[k].w;
+        }
+      }
+    }
+    memory.blended[item] = sum;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int i = thread; i < items; i += threads) {
+    const int query = i / quads, quad = i - query * quads;
+    const float4 sum = memory.blended[i];
+    float4 estimate = memory.blended[items + i];
     const int64_t q = static_cast<int64_t>(place.task) * params.groups + place.first_query + query;
-    const Merged exact = merged[query], guess = merged[queries_of_tile + query];
+    const Merged exact = memory.merged[query], guess = memory.merged[S::kQueries + query];
     float estimate_lse = -INFINITY;
     if (params.given_estimate != nullptr) {
       estimate = reinterpret_cast<const float4*>(params.given_estimate)[q * quads + quad];
@@ -557,50 +618,56 @@ __device__ __forceinline__ int32_t take_ticket(int32_t* tickets) {
   return ticket;
 }
 
-template <typename T, int kGroups, int kQueryTiles>
-__global__ void __launch_bounds__(
-    kAttendThreads, kMatrix<T>&& kGroups <= 4 && kQueryTiles == 1 ? 3 : 2)
+// A barrier of the first `threads` threads of a block.
+__device__ __forceinline__ void sync_first(int threads) {
+  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+}
+
+template <typename S>
+__global__ void __launch_bounds__(S::kMostWarps * 32, 1)
     attend_kernel(const __grid_constant__ AttendParams params) {
-  using S = Shape<T, kGroups, kQueryTiles>;
+  using T = typename S::T;
+  constexpr int kQueryTiles = S::kQueryTiles;
   extern __shared__ uint4 shared[];
-  __shared__ float2 warp_sums[kAttendWarps][S::kQueries];
+  __shared__ float2 warp_sums[S::kMostWarps][S::kQueries];
   __shared__ bool is_last;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   release_successor();
 
   Place place;
-  place.pieces = params.exact_pieces + params.estimate_pieces;
-  const int32_t tile = static_cast<int32_t>(blockIdx.x) / place.pieces;  // of queries
+  const int32_t pieces = params.pieces;
+  const int32_t tile = static_cast<int32_t>(blockIdx.x) / pieces;  // of queries
   const int32_t groups = static_cast<int32_t>(params.groups),
                 heads = static_cast<int32_t>(params.heads);
   const int32_t query_tiles = (groups + S::kQueries - 1) / S::kQueries;
-  place.piece = static_cast<int32_t>(blockIdx.x) - tile * place.pieces;
+  place.piece = static_cast<int32_t>(blockIdx.x) - tile * pieces;
   place.task = tile / query_tiles;
   place.b = place.task / heads;
   place.h = place.task - place.b * heads;
   place.first_query = (tile - place.task * query_tiles) * S::kQueries;
   place.queries = min(groups - place.first_query, S::kQueries);
   char* memory = reinterpret_cast<char*>(shared);
-  char* behind = memory + kAttendWarps * S::kWarpBytes;
+  const int exact_warps = params.exact_warps, estimate_warps = params.estimate_warps;
+  char* behind = memory + (exact_warps + estimate_warps) * S::kWarpBytes;
 
-  Walker<T, kGroups, kQueryTiles> walker;
+  Walker<S> walker;
   walker.memory = memory + warp * S::kWarpBytes;
   walker.lane = lane;
   walker.row_chunks = static_cast<int>(params.head_dim) / S::kElements;
-  walker.estimates = place.piece >= params.exact_pieces;
+  walker.estimates = warp >= exact_warps;
   walker.rank = -1;
   walker.groups = groups;
   walker.queries = place.queries;
-  WarpState<T, kGroups, kQueryTiles> state;
+  WarpState<S> state;
   state.clear();
-  Queries<T, kGroups, kQueryTiles> queries;
+  Queries<S> queries;
   wait_for_predecessor();
 
-  int32_t piece = place.piece, pieces = params.exact_pieces;
+  int32_t share, shares;  // of the warps that have the same kind of rows
   if (walker.estimates) {
     const EstimatedClusters& clusters = params.estimated;
-    piece -= params.exact_pieces;
-    pieces = params.estimate_pieces;
+    share = place.piece * estimate_warps + warp - exact_warps;
+    shares = pieces * estimate_warps;
     walker.rows = clusters.counts[place.task];
     walker.ids = clusters.ids + place.task * clusters.clusters;
     walker.masses =
@@ -609,11 +676,16 @@ __global__ void __launch_bounds__(
         nullptr, clusters.centroid_values.row<const T>(place.b, place.h, 0), 0,
         clusters.centroid_values.stride_t};
   } else {
+    share = place.piece * exact_warps + warp;
+    shares = pieces * exact_warps;
+    const int exact_threads = exact_warps * 32;
     const int32_t ranks = static_cast<int32_t>(params.retrieved.clusters);
     const int64_t first_rank = static_cast<int64_t>(place.task) * ranks;
     const int32_t* before = params.retrieved.before + first_rank + place.task;
     const int32_t* shift = params.retrieved.shift + first_rank;
-    queries.load(params, place, reinterpret_cast<float*>(behind), lane);
+    const int64_t steady = params.counters[place.b * kCounters + kSteadyTokens];
+    const int32_t retrieved_tokens = before[ranks];
+    queries.load(params, place, reinterpret_cast<float*>(behind), lane, exact_threads);
     if constexpr (!kMatrix<T>) behind += S::kQueries * S::kPadded * sizeof(float);
     walker.before = before;
     walker.shift = shift;
@@ -621,19 +693,18 @@ __global__ void __launch_bounds__(
     if (ranks <= kRanksInShared) {
       int32_t* copied = reinterpret_cast<int32_t*>(behind);
 #pragma unroll 1
-      for (int i = thread; i <= ranks; i += kAttendThreads) {
+      for (int i = thread; i <= ranks; i += exact_threads) {
         copied[i] = before[i];
         if (i < ranks) copied[ranks + 1 + i] = shift[i];
       }
       walker.before = copied;
       walker.shift = copied + ranks + 1;
     }
-    const int64_t steady = params.counters[place.b * kCounters + kSteadyTokens];
     walker.steady_tokens = static_cast<int32_t>(
         steady < 0                            ? 0
             : steady < params.steady_capacity ? steady
                                               : params.steady_capacity);
-    walker.rows = walker.steady_tokens + before[ranks];
+    walker.rows = walker.steady_tokens + retrieved_tokens;
     walker.keys = {
         params.steady_keys.row<const T>(place.b, place.h, 0),
         params.store_keys.row<const T>(place.b, place.h, 0), params.steady_keys.stride_t,
@@ -642,23 +713,23 @@ __global__ void __launch_bounds__(
         params.steady_values.row<const T>(place.b, place.h, 0),
         params.store_values.row<const T>(place.b, place.h, 0), params.steady_values.stride_t,
         params.store_values.stride_t};
-    __syncthreads();
+    sync_first(exact_threads);
   }
   const int64_t tiles = (walker.rows + kTileTokens - 1) / kTileTokens;
   const float scale2 = params.scale * kLog2e;
-  const int32_t first = static_cast<int32_t>(tiles * piece / pieces);
-  const int32_t count = static_cast<int32_t>(tiles * (piece + 1) / pieces) - first;
   walker.walk(
-      first + count * warp / kAttendWarps, first + count * (warp + 1) / kAttendWarps,
-      [&](int stage, int32_t t) {
+      static_cast<int32_t>(tiles * share / shares),
+      static_cast<int32_t>(tiles * (share + 1) / shares), [&](int stage, int32_t t) {
         float logits[kQueryTiles][4];
         if (walker.estimates) {
 #pragma unroll
           for (int n = 0; n < kQueryTiles; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              logits[n][i] = walker.masses_at(stage)[(n * 4 + i) * 32 + lane];
-              if (8 * n + 2 * (lane % 4) + i % 2 >= place.queries) logits[n][i] = -INFINITY;
+              const int query = 8 * n + 2 * (lane % 4) + i % 2;
+              logits[n][i] = query < place.queries
+                  ? walker.masses_at(stage)[(lane / 4 + i / 2 * 8) * S::kQueries + query]
+                  : -INFINITY;
             }
           }
         } else {
@@ -682,21 +753,27 @@ __global__ void __launch_bounds__(
   state.store(reinterpret_cast<float*>(memory + warp * S::kWarpBytes), warp_sums[warp], lane);
   __syncthreads();
 
-  // The states of the warps become that of the piece.
-  const int64_t first_sum = (static_cast<int64_t>(tile) * place.pieces + place.piece) * S::kQueries;
+  // The states of the warps become those of the piece.
+  const int threads = static_cast<int>(blockDim.x);
+  const int exact_parts = exact_warps > 0, parts = exact_parts + (estimate_warps > 0);
+  const int64_t first_sum =
+      (static_cast<int64_t>(tile) * pieces + place.piece) * parts * S::kQueries;
   const int quads = static_cast<int>(params.head_dim) / 4;
   float4* values = reinterpret_cast<float4*>(params.values) + first_sum * quads;
 #pragma unroll 1
-  for (int i = thread; i < place.queries * quads; i += kAttendThreads) {
-    const int query = i / quads, quad = i % quads;
+  for (int i = thread; i < parts * place.queries * quads; i += threads) {
+    const int part = i / (place.queries * quads), rest = i % (place.queries * quads);
+    const int query = rest / quads, quad = rest % quads;
+    const int first = part < exact_parts ? 0 : exact_warps;
+    const int last = part < exact_parts ? exact_warps : exact_warps + estimate_warps;
     float top = -INFINITY;
-#pragma unroll
-    for (int w = 0; w < kAttendWarps; ++w) top = fmaxf(top, warp_sums[w][query].x);
+#pragma unroll 3
+    for (int w = first; w < last; ++w) top = fmaxf(top, warp_sums[w][query].x);
     const float origin = top == -INFINITY ? 0.0f : top;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     float mass = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kAttendWarps; ++w) {
+#pragma unroll 3
+    for (int w = first; w < last; ++w) {
       const float factor = exp2_of(warp_sums[w][query].x - origin);
       const float4 own = *reinterpret_cast<const float4*>(
           memory + w * S::kWarpBytes + (query * S::kPadded + quad * 4) * sizeof(float));
@@ -706,71 +783,76 @@ __global__ void __launch_bounds__(
       sum.z += factor * own.z;
       sum.w += factor * own.w;
     }
-    __stcg(values + i, sum);
-    if (quad == 0) __stcg(params.sums + first_sum + query, make_float2(top, mass));
+    const int at = part * S::kQueries + query;
+    __stcg(values + at * quads + quad, sum);
+    if (quad == 0) __stcg(params.sums + first_sum + at, make_float2(top, mass));
   }
 
-  // The block that comes last merges all pieces, always in the same order.
+  // The block that comes last merges all pieces.
   __syncthreads();
-  if (thread == 0) is_last = take_ticket(params.tickets + tile) == place.pieces - 1;
+  if (thread == 0) is_last = take_ticket(params.tickets + tile) == pieces - 1;
   __syncthreads();
   if (!is_last) return;
-  merge_pieces<T>(params, place, tile, S::kQueries, memory);
+  merge_pieces<S>(params, place, tile, memory);
 }
 
-template <typename T, int kGroups, int kQueryTiles>
-void launch_attend(const Launcher& launch, const AttendParams& params) {
-  using S = Shape<T, kGroups, kQueryTiles>;
-  int64_t bytes = kAttendWarps * S::kWarpBytes;
-  if (!kMatrix<T>) bytes += S::kQueries * S::kPadded * static_cast<int64_t>(sizeof(float));
-  if (params.exact_pieces > 0 && params.retrieved.clusters <= kRanksInShared) {
-    bytes += (2 * params.retrieved.clusters + 1) * static_cast<int64_t>(sizeof(int32_t));
-  }
-  const int64_t pieces = params.exact_pieces + params.estimate_pieces;
-  const int64_t merge_bytes = pieces * S::kQueries * 12 + 2 * S::kQueries * 8;
-  launch(
-      attend_kernel<T, kGroups, kQueryTiles>, grid_of(ticket_count(params) * pieces),
-      kAttendThreads, std::max(bytes, merge_bytes), 1, params);
-}
-
-template <typename T, int kGroups>
-void launch_groups(const Launcher& launch, const AttendParams& params) {
+// Calls use(Shape) for what `params` says.
+template <typename T, int kGroups, typename Use>
+void with_groups(const AttendParams& params, const Use& use) {
   if (query_tile(params.groups, params.head_dim) == 8) {
-    launch_attend<T, kGroups, 1>(launch, params);
+    use(Shape<T, kGroups, 1>{});
   } else if constexpr (kGroups * 4 * kChunk<T> <= 128) {
-    launch_attend<T, kGroups, 2>(launch, params);
+    use(Shape<T, kGroups, 2>{});
   }
 }
 
-template <typename T>
-void launch_typed(const Launcher& launch, const AttendParams& params) {
-  constexpr int kScale =
-      4 / static_cast<int>(sizeof(T)) == 1 ? 2 : 1;  // float32 has twice the chunks
-  if (params.head_dim <= 64) launch_groups<T, 2 * kScale>(launch, params);
-  else if (params.head_dim <= 96) launch_groups<T, 3 * kScale>(launch, params);
-  else if (params.head_dim <= 128) launch_groups<T, 4 * kScale>(launch, params);
-  else launch_groups<T, 8 * kScale>(launch, params);
+template <typename T, typename Use>
+void with_head_dim(const AttendParams& params, const Use& use) {
+  constexpr int kScale = kMatrix<T> ? 1 : 2;  // float32 has twice the chunks
+  if (params.head_dim <= 64) with_groups<T, 2 * kScale>(params, use);
+  else if (params.head_dim <= 96) with_groups<T, 3 * kScale>(params, use);
+  else if (params.head_dim <= 128) with_groups<T, 4 * kScale>(params, use);
+  else with_groups<T, 8 * kScale>(params, use);
 }
 
-int64_t pieces_per_task(int64_t tasks, int64_t processors) {
-  return std::max(kBlocksPerProcessor * processors / std::max<int64_t>(tasks, 1), kFewestPieces);
+template <typename Use>
+void with_shape(const AttendParams& params, const Use& use) {
+  RETRO_CUDA_DISPATCH(params.dtype, with_head_dim, params, use);
+}
+
+// Shared memory of a block beside its tiles.
+template <typename S>
+int64_t other_bytes(const AttendParams& params) {
+  const int64_t ranks = params.retrieved.clusters;
+  return (kMatrix<typename S::T> ? 0 : S::kQueries * S::kPadded * int64_t{sizeof(float)}) +
+      (ranks <= kRanksInShared ? (2 * ranks + 1) * int64_t{sizeof(int32_t)} : 0);
 }
 
 }  // namespace
 
-int32_t estimate_piece_count(int64_t tasks, int64_t processors) {
-  return static_cast<int32_t>((pieces_per_task(tasks, processors) * kEstimatePercent + 50) / 100);
-}
-
-int32_t exact_piece_count(int64_t tasks, int64_t processors) {
-  return static_cast<int32_t>(
-      pieces_per_task(tasks, processors) - estimate_piece_count(tasks, processors));
+void plan_attend(const Launcher& launch, AttendParams& params) {
+  const int64_t tiles = ticket_count(params), processors = launch.processors();
+  params.pieces = static_cast<int32_t>(
+      tiles <= processors ? processors / std::max<int64_t>(tiles, 1)
+                          : ceil_div(kRounds * processors, tiles));
+  with_shape(params, [&](auto shape) {
+    using S = decltype(shape);
+    // Ranks or none, the plan is the same.
+    constexpr int64_t kOther = (2 * kRanksInShared + 1) * int64_t{sizeof(int32_t)} +
+        (kMatrix<typename S::T> ? 0 : S::kQueries * S::kPadded * int64_t{sizeof(float)});
+    const int64_t room = std::min(launch.shared_bytes() - kOther, kTileBytesPerBlock);
+    const int64_t warps =
+        std::max<int64_t>(std::min<int64_t>(room / S::kWarpBytes, S::kMostWarps), 2);
+    params.estimate_warps =
+        static_cast<int32_t>(std::max<int64_t>((warps * kEstimatePercent + 50) / 100, 1));
+    params.exact_warps = static_cast<int32_t>(warps) - params.estimate_warps;
+  });
 }
 
 AttendSpace reserve_attend(Workspace& workspace, const AttendParams& params) {
   const int64_t tiles = ticket_count(params);
-  const int64_t states = tiles * (params.exact_pieces + params.estimate_pieces) *
-      query_tile(params.groups, params.head_dim);
+  const int64_t parts = (params.exact_warps > 0) + (params.estimate_warps > 0);
+  const int64_t states = tiles * params.pieces * parts * query_tile(params.groups, params.head_dim);
   AttendSpace space;
   space.values = workspace.reserve<float>(states * params.head_dim);
   space.sums = workspace.reserve<float2>(states);
@@ -785,7 +867,15 @@ void use_attend(const AttendSpace& space, const Workspace& workspace, AttendPara
 }
 
 void attend(const Launcher& launch, const AttendParams& params) {
-  RETRO_CUDA_DISPATCH(params.dtype, launch_typed, launch, params);
+  with_shape(params, [&](auto shape) {
+    using S = decltype(shape);
+    const int64_t warps = params.exact_warps + params.estimate_warps;
+    const int64_t bytes = warps * S::kWarpBytes + other_bytes<S>(params);
+    const int64_t merge_bytes = MergeMemory::bytes(params.pieces, S::kQueries, params.head_dim / 4);
+    launch(
+        attend_kernel<S>, grid_of(ticket_count(params) * params.pieces), warps * 32,
+        std::max(bytes, merge_bytes), 1, params);
+  });
 }
 
 }  // namespace retro

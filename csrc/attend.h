@@ -33,14 +33,15 @@ struct AttendParams {
   const int64_t* counters;                 // [B, kCounters]
   RetrievedTokens retrieved;
   EstimatedClusters estimated;
-  // Pieces of a (row, head): the first are of steady and retrieved tokens, the others of clusters.
-  int32_t exact_pieces, estimate_pieces;
-  const float* given_estimate;      // [B, Hkv, G, D], where no pieces are of clusters; or nullptr
+  // A (row, head) is shared out among `pieces` blocks, and its tokens and its clusters among so many warps
+  // of each; see plan_attend.
+  int32_t pieces, exact_warps, estimate_warps;
+  const float* given_estimate;      // [B, Hkv, G, D], where estimate_warps is 0; or nullptr
   const float* given_estimate_lse;  // [B, Hkv, G]
   float scale;
-  // Between blocks.
-  float* values;  // [B * Hkv * query tiles, pieces, queries of a tile, D]
-  float2* sums;  // [B * Hkv * query tiles, pieces, queries of a tile]: largest logit (base 2), mass
+  // Between blocks; a part is what the tokens, or the clusters, of a piece come to.
+  float* values;     // [B * Hkv * query tiles, pieces, parts, queries of a tile, D]
+  float2* sums;      // [.., pieces, parts, queries of a tile]: largest logit (base 2), mass
   int32_t* tickets;  // [B * Hkv * query tiles], 0
   // Results: of everything, or, where out is nullptr, of the estimated clusters.
   void* out;            // [B, Hkv, G, D]
@@ -49,10 +50,9 @@ struct AttendParams {
   float* estimate_lse;  // [B, Hkv, G]
 };
 
-// Pieces per (row, head), by what keeps the device busy. Each of the two functions depends on what both
-// the separate ops and the fused one know, so that all give the same bits.
-int32_t exact_piece_count(int64_t tasks, int64_t processors);
-int32_t estimate_piece_count(int64_t tasks, int64_t processors);
+// Sets how the work is shared out, by what keeps the device busy. Who has only tokens or only clusters then
+// sets the warps of the other to 0: shares depend on sizes alone, so that all ops give the same bits.
+void plan_attend(const Launcher& launch, AttendParams& params);
 
 // Queries that one block reads the working set for; more would not fit the registers.
 inline int64_t query_tile(int64_t groups, int64_t head_dim) {

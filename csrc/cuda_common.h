@@ -37,10 +37,14 @@ class Launcher {
     int major = 0;
     require(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
     require(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device_));
+    require(
+        cudaDeviceGetAttribute(&shared_bytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
     hopper_ = major >= 9;
   }
 
   int64_t processors() const { return processors_; }
+  // Shared memory that a block may have, less what kernels declare themselves.
+  int64_t shared_bytes() const { return shared_bytes_ - 1024; }
   // Thread block clusters and programmatic dependent launch.
   bool hopper() const { return hopper_; }
 
@@ -97,6 +101,7 @@ class Launcher {
   int32_t device_;
   cudaStream_t stream_ = nullptr;
   int processors_ = 0;
+  int shared_bytes_ = 0;
   bool hopper_ = false;
 };
 
@@ -265,6 +270,14 @@ __device__ __forceinline__ void copy_async_word(void* target, const void* source
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(target)),
                "l"(source), "r"(valid ? 4 : 0)
                : "memory");
+}
+
+// Where a chunk of a row of keys lies in a tile: each row in one line or two, so that a copy writes whole
+// lines, and neighbouring rows half a line apart, so that lanes 4 r + j, which read chunks j to j + 3 of
+// rows r, meet no others in a bank.
+template <int kRowChunks>
+__device__ __forceinline__ int place_of(int row, int chunk) {
+  return row * kRowChunks + (kRowChunks % 8 == 0 ? chunk ^ (row & 1) << 2 : chunk);
 }
 
 __device__ __forceinline__ void commit_copies() {

@@ -43,10 +43,9 @@ Tensor decode_attention(
 
   Choice choice = {};
   AttendParams sizes = estimate_params(params, choice);
-  sizes.exact_pieces = exact_piece_count(tasks, launch.processors());
-  sizes.estimate_pieces = estimate_piece_count(tasks, launch.processors());
+  plan_attend(launch, sizes);
   Workspace workspace;
-  const ChoiceSpace choice_space = reserve_choice(workspace, params);
+  const ChoiceSpace choice_space = reserve_choice(launch, workspace, params);
   const AttendSpace attend_space = reserve_attend(workspace, sizes);
   workspace.allocate(query);
 
@@ -59,8 +58,7 @@ Tensor decode_attention(
   choose(launch, params, workspace, choice_space, choice);
 
   AttendParams attention = estimate_params(params, choice);
-  attention.exact_pieces = sizes.exact_pieces;
-  attention.estimate_pieces = sizes.estimate_pieces;
+  plan_attend(launch, attention);
   attention.steady_capacity = steady.size(3);
   attention.steady_keys = half_of(readable_steady, 0);
   attention.steady_values = half_of(readable_steady, 1);

@@ -94,12 +94,13 @@ std::tuple<Tensor, Tensor> merged_attention(
   attention.store_keys = params.store_keys;
   attention.store_values = params.store_values;
   attention.counters = params.counters;
-  attention.exact_pieces = exact_piece_count(tasks, launch.processors());
   attention.given_estimate = params.estimate;
   attention.given_estimate_lse = params.estimate_lse;
   attention.scale = params.scale;
   attention.out = params.out;
   attention.lse = params.lse;
+  plan_attend(launch, attention);
+  attention.estimate_warps = 0;
 
   Workspace workspace;
   const AttendSpace space = reserve_attend(workspace, attention);

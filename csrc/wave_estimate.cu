@@ -1,5 +1,3 @@
-#include <cooperative_groups.h>
-
 #include <string>
 #include <tuple>
 
@@ -8,8 +6,6 @@
 
 namespace retro {
 namespace {
-
-namespace groups_of_threads = cooperative_groups;
 
 constexpr int kScoreThreads = 256;
 constexpr int kScoreWarps = kScoreThreads / 32;
@@ -107,8 +103,8 @@ __global__ void __launch_bounds__(
         const bool inside = first_row + row < clusters;
         const T* from = keys + (inside ? first_row + row : 0) * stride;
         copy_async(
-            tile + (row / 8 * kGroups + chunk / 4) * 32 + row % 8 * 4 + chunk % 4,
-            reinterpret_cast<const uint4*>(from) + chunk, inside && chunk < row_chunks);
+            tile + place_of<4 * kGroups>(row, chunk), reinterpret_cast<const uint4*>(from) + chunk,
+            inside && chunk < row_chunks);
       }
       if (lane <= kTileClusters) {
         int32_t* facts = reinterpret_cast<int32_t*>(tile + kKeyChunks);
@@ -213,7 +209,9 @@ __global__ void __launch_bounds__(
       }
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        const uint4 near = tile[g * 32 + lane], far = tile[(kGroups + g) * 32 + lane];
+        const int chunk = 4 * g + j;
+        const uint4 near = tile[place_of<4 * kGroups>(r, chunk)];
+        const uint4 far = tile[place_of<4 * kGroups>(r + 8, chunk)];
 #pragma unroll
         for (int n = 0; n < kQueryTiles; ++n) {
           float (&s)[4] = logits[n];
@@ -227,8 +225,9 @@ __global__ void __launch_bounds__(
 #pragma unroll 2
       for (int g = 0; g < kGroups; ++g) {
         float key[2][kElements];
-        unpack_chunk<T>(tile[g * 32 + lane], key[0]);
-        unpack_chunk<T>(tile[(kGroups + g) * 32 + lane], key[1]);
+        const int chunk = 4 * g + j;
+        unpack_chunk<T>(tile[place_of<4 * kGroups>(r, chunk)], key[0]);
+        unpack_chunk<T>(tile[place_of<4 * kGroups>(r + 8, chunk)], key[1]);
 #pragma unroll
         for (int query = 0; query < kQueries; ++query) {
 #pragma unroll
@@ -357,447 +356,24 @@ void launch_score(const Launcher& launch, const ScoreParams& params, int64_t tas
   else launch_score_groups<T, 8 * kScale>(launch, params, tasks);
 }
 
-constexpr int kSelectThreads = 1024;
-constexpr int kSelectWarps = kSelectThreads / 32;
-constexpr int kBins = 2048;
-constexpr int kThreadBins = kBins / kSelectThreads;
-// Sort keys are cut into 11, 11 and 10 bits.
-constexpr int kDigits = 3;
-// Of a (row, head) with more clusters, several processors choose together.
-constexpr int64_t kBlockKeys = 16384;
-constexpr int64_t kMostBlocks = 8;  // of a portable thread block cluster
-// Sort keys that fit into shared memory; beyond, they stay in global memory.
-constexpr int64_t kKeysInShared = 32768;
-// Retrieved clusters that are put in order by counting; beyond, by a sorting network.
-constexpr int64_t kCountedRanks = 2048;
-constexpr int kLanesPerRank = 8;
-
-struct SelectParams {
-  int64_t heads, groups, clusters, score_blocks;
-  const int32_t* offsets;  // [B, Hkv, C + 1]
-  const float* ranked;     // [B * Hkv, C, G]
-  const float2* sums;      // [B * Hkv, blocks, G]
-  int64_t max_retrieved, min_retrieved_clusters;
-  double retrieval_budget, estimation_budget;
-  uint32_t* keys;   // [B * Hkv, C], where they do not fit into shared memory
-  uint64_t* order;  // [B * Hkv, R rounded up to a power of 2]: keys and ids of retrieved clusters
-  int64_t order_capacity;
-  Choice choice;
-};
-
-// Sums over the threads of a block, in their order; each thread gets the sum of those before it.
-__device__ __noinline__ uint64_t sum_before(uint64_t own, uint64_t* warp_totals, uint64_t& total) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  uint64_t sum = own;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint64_t other = __shfl_up_sync(kAllLanes, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) warp_totals[warp] = sum;
-  __syncthreads();
-  uint64_t before = lane < kSelectWarps ? warp_totals[lane] : 0;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint64_t other = __shfl_up_sync(kAllLanes, before, step);
-    if (lane >= step) before += other;
-  }
-  total = __shfl_sync(kAllLanes, before, 31);
-  const uint64_t previous = __shfl_sync(kAllLanes, before, warp > 0 ? warp - 1 : 0);
-  __syncthreads();  // warp_totals may be used again
-  return sum - own + (warp > 0 ? previous : 0);
-}
-
-__device__ __forceinline__ uint64_t pair_of(uint32_t low, uint32_t high) {
-  return static_cast<uint64_t>(high) << 32 | low;
-}
-
-// Ascending keys are descending scores. A cluster without tokens, or whose score is not a number, comes
-// behind all others; ties go by id.
-__device__ __forceinline__ uint32_t sort_key(float score, int32_t size) {
-  return size > 0 && score >= 0.0f ? 0xfffffffeu - __float_as_uint(score) : 0xffffffffu;
-}
-
-// The threshold of the first k clusters in order: those with smaller keys are among them, and of those
-// with an equal key the first `equals` by id.
-struct Threshold {
-  uint32_t key;
-  uint32_t equals;
-};
-
-struct SelectShared {
-  uint32_t counts[kDigits][2][kBins];  // of keys by digit, for both thresholds
-  uint64_t warp_totals[kSelectWarps];
-  uint64_t block_totals[2];
-  Threshold thresholds[2];
-};
-
-struct Cluster {
-  bool several;
-  groups_of_threads::cluster_group group;
-
-  __device__ __noinline__ void sync() const {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (several) {
-      group.sync();
-      return;
-    }
-#endif
-    __syncthreads();
-  }
-  __device__ __forceinline__ unsigned rank() const {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (several) return group.block_rank();
-#endif
-    return 0;
-  }
-  // The same variable in another block's shared memory.
-  template <typename T>
-  __device__ __forceinline__ const T* in_block(const T* variable, unsigned block) const {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (several) return group.map_shared_rank(const_cast<T*>(variable), block);
-#endif
-    return variable;
-  }
-};
-
-// Refines both thresholds by one digit, from the counts of all blocks.
-__device__ __noinline__ void refine(
-    SelectShared& shared, const Cluster& cluster, unsigned blocks, int digit, int bits) {
-  const int thread = static_cast<int>(threadIdx.x);
-  cluster.sync();
-  uint32_t counts[2][kThreadBins];  // [threshold][bin kThreadBins thread + ...]
-  uint32_t sums[2] = {0, 0};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int table = digit == 0 ? 0 : i;
-#pragma unroll
-    for (int bin = 0; bin < kThreadBins; ++bin) counts[i][bin] = 0;
-#pragma unroll 1
-    for (unsigned block = 0; block < blocks; ++block) {
-      const uint32_t* own =
-          cluster.in_block(shared.counts[digit][table] + kThreadBins * thread, block);
-#pragma unroll
-      for (int bin = 0; bin < kThreadBins; ++bin) counts[i][bin] += own[bin];
-    }
-#pragma unroll
-    for (int bin = 0; bin < kThreadBins; ++bin) sums[i] += counts[i][bin];
-  }
-  const Threshold old[2] = {shared.thresholds[0], shared.thresholds[1]};
-  uint64_t total;
-  const uint64_t before = sum_before(pair_of(sums[0], sums[1]), shared.warp_totals, total);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    uint32_t less = static_cast<uint32_t>(i == 0 ? before : before >> 32);
-#pragma unroll
-    for (int bin = 0; bin < kThreadBins; ++bin) {
-      if (old[i].equals > less && old[i].equals <= less + counts[i][bin]) {
-        shared.thresholds[i].key =
-            old[i].key << bits | static_cast<uint32_t>(kThreadBins * thread + bin);
-        shared.thresholds[i].equals = old[i].equals - less;
-      }
-      less += counts[i][bin];
-    }
-    if (thread == 0 && old[i].equals == 0) shared.thresholds[i].key = 0;  // nothing to choose
-  }
-  __syncthreads();
-}
-
-// Sorts all entries, by all blocks together; `order` has room up to a power of two.
-__device__ __noinline__ void sort_entries(
-    uint64_t* order, int count, int own_thread, int all_threads, const Cluster& cluster) {
-  int size = 1;
-  while (size < count) size *= 2;
-  for (int i = count + own_thread; i < size; i += all_threads) order[i] = ~0ull;
-#pragma unroll 1
-  for (int run = 2; run <= size; run *= 2) {
-#pragma unroll 1
-    for (int distance = run / 2; distance > 0; distance /= 2) {
-      __threadfence();
-      cluster.sync();
-#pragma unroll 1
-      for (int i = own_thread; i < size / 2; i += all_threads) {
-        const int low = (i & ~(distance - 1)) * 2 + (i & (distance - 1)), high = low + distance;
-        const uint64_t a = __ldcg(order + low), b = __ldcg(order + high);
-        if ((a > b) == ((low & run) == 0)) {
-          __stcg(order + low, b);
-          __stcg(order + high, a);
-        }
-      }
-    }
-  }
-  __threadfence();
-  cluster.sync();
-}
-
-__global__ void __launch_bounds__(kSelectThreads) select_kernel(
-    const __grid_constant__ SelectParams params, int32_t blocks, int32_t keys_in_shared) {
-  extern __shared__ uint4 memory[];
-  SelectShared& shared = *reinterpret_cast<SelectShared*>(memory);
-  float* norms = reinterpret_cast<float*>(&shared + 1);  // [G]: log2 of the sum of all masses
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  release_successor();
-  const Cluster cluster{blocks > 1, groups_of_threads::this_cluster()};
-  const int64_t task = static_cast<int32_t>(blockIdx.x) / blocks;
-  const int64_t b = static_cast<int32_t>(task) / static_cast<int32_t>(params.heads);
-  const unsigned block = cluster.rank();
-#pragma unroll 1
-  for (int i = thread; i < kDigits * 2 * kBins / 4; i += kSelectThreads) {
-    reinterpret_cast<uint4*>(&shared.counts[0][0][0])[i] = make_uint4(0, 0, 0, 0);
-  }
-  wait_for_predecessor();
-
-  const Choice& choice = params.choice;
-  int64_t live = choice.counters[b * kCounters + kClusters];
-  live = live < 0 ? 0 : live < params.clusters ? live : params.clusters;
-  int64_t retrieved = retrieved_count(params.retrieval_budget, params.min_retrieved_clusters, live);
-  retrieved = retrieved < params.max_retrieved ? retrieved : params.max_retrieved;
-  int64_t estimated = budget_count(params.estimation_budget, live);
-  estimated = estimated < live - retrieved ? estimated : live - retrieved;
-  if (thread < 2) {
-    const int64_t count = thread == 0 ? retrieved : retrieved + estimated;
-    shared.thresholds[thread] = {0, static_cast<uint32_t>(count)};
-  }
-  // Sort keys of this block's share of the clusters, a multiple of four for each thread.
-  const int round = blocks * kSelectThreads * 4;
-  const int per_thread = (static_cast<int>(live) + round - 1) / round * 4;
-  const int first = static_cast<int>(block) * per_thread * kSelectThreads;
-  const int count = max(0, min(static_cast<int>(live) - first, per_thread * kSelectThreads));
-  const int32_t* offsets = params.offsets + task * (params.clusters + 1) + first;
-  const float* ranked = params.ranked + (task * params.clusters + first) * params.groups;
-  uint32_t* keys = keys_in_shared != 0
-      ? reinterpret_cast<uint32_t*>(norms + ceil_div(params.groups, 4) * 4)
-      : params.keys + task * ceil_div(params.clusters, 4) * 4 + first;
-  const bool quads = params.groups % 4 == 0;
-  constexpr int kAhead = 4;  // scores of a thread that are under way
-  float4 logits[kAhead];
-  int2 ends[kAhead];
-  const auto fetch = [&](int start) {
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const int i = start + thread + k * kSelectThreads;
-      if (i >= count) continue;
-      ends[k] = make_int2(offsets[i], offsets[i + 1]);
-      if (quads) logits[k] = *reinterpret_cast<const float4*>(ranked + i * params.groups);
-    }
-  };
-  fetch(0);
-  const int groups = static_cast<int>(params.groups);
-#pragma unroll 1
-  for (int g = warp; g < params.groups; g += kSelectWarps) {
-    const float2* sums = params.sums + task * params.score_blocks * params.groups + g;
-    float2 all = make_float2(-INFINITY, 0.0f);
-#pragma unroll 1
-    for (int i = lane; i < params.score_blocks; i += 32) {
-      const float2 own = sums[i * params.groups];
-      const float top = fmaxf(all.x, own.x), origin = top == -INFINITY ? 0.0f : top;
-      all = make_float2(top, all.y * exp2_of(all.x - origin) + own.y * exp2_of(own.x - origin));
-    }
-#pragma unroll 1
-    for (int step = 16; step > 0; step /= 2) {
-      const float2 own = make_float2(
-          __shfl_xor_sync(kAllLanes, all.x, step), __shfl_xor_sync(kAllLanes, all.y, step));
-      const float top = fmaxf(all.x, own.x), origin = top == -INFINITY ? 0.0f : top;
-      all = make_float2(top, all.y * exp2_of(all.x - origin) + own.y * exp2_of(own.x - origin));
-    }
-    if (lane == 0) norms[g] = all.x + log2_of(all.y);
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int start = 0; start < count; start += kAhead * kSelectThreads) {
-    if (start > 0) fetch(start);
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const int i = start + thread + k * kSelectThreads;
-      if (i >= count) continue;
-      float score = 0.0f;
-      const float* own = ranked + i * params.groups;
-      if (quads) {
-        score = exp2_of(logits[k].x - norms[0]) + exp2_of(logits[k].y - norms[1]) +
-            exp2_of(logits[k].z - norms[2]) + exp2_of(logits[k].w - norms[3]);
-      }
-#pragma unroll 1
-      for (int g = quads ? 4 : 0; g < groups; ++g) {
-        score += exp2_of(own[g] - norms[g]);
-      }
-      const uint32_t key = sort_key(score, ends[k].y - ends[k].x);
-      keys[i] = key;
-      atomicAdd(&shared.counts[0][0][key >> 21], 1u);
-    }
-  }
-  refine(shared, cluster, blocks, 0, 11);
-  {
-    const uint32_t near = shared.thresholds[0].key, far = shared.thresholds[1].key;
-#pragma unroll 2
-    for (int i = thread; i < count; i += kSelectThreads) {
-      const uint32_t key = keys[i];
-      if (key >> 21 == near) atomicAdd(&shared.counts[1][0][key >> 10 & 2047], 1u);
-      if (key >> 21 == far) atomicAdd(&shared.counts[1][1][key >> 10 & 2047], 1u);
-    }
-  }
-  refine(shared, cluster, blocks, 1, 11);
-  {
-    const uint32_t near = shared.thresholds[0].key, far = shared.thresholds[1].key;
-#pragma unroll 2
-    for (int i = thread; i < count; i += kSelectThreads) {
-      const uint32_t key = keys[i];
-      if (key >> 10 == near) atomicAdd(&shared.counts[2][0][key & 1023], 1u);
-      if (key >> 10 == far) atomicAdd(&shared.counts[2][1][key & 1023], 1u);
-    }
-  }
-  refine(shared, cluster, blocks, 2, 10);
-
-  // Places in order of ids: those of a thread are neighbours.
-  const Threshold near = shared.thresholds[0], far = shared.thresholds[1];
-  const int begin = thread * per_thread, end = min(begin + per_thread, count);
-  uint32_t less[2] = {0, 0}, equal[2] = {0, 0};
-  const auto for_each_key = [&](const auto& use) {
-#pragma unroll 1
-    for (int i = begin; i < end; i += 4) {
-      const uint4 four = *reinterpret_cast<const uint4*>(keys + i);
-      use(i, four.x);
-      if (i + 1 < end) use(i + 1, four.y);
-      if (i + 2 < end) use(i + 2, four.z);
-      if (i + 3 < end) use(i + 3, four.w);
-    }
-  };
-  const auto count_key = [&](uint32_t key) {
-    less[0] += key < near.key;
-    less[1] += key < far.key;
-    equal[0] += key == near.key;
-    equal[1] += key == far.key;
-  };
-  for_each_key([&](int, uint32_t key) { count_key(key); });
-  uint64_t less_total, equal_total;
-  uint64_t less_before = sum_before(pair_of(less[0], less[1]), shared.warp_totals, less_total);
-  uint64_t equal_before = sum_before(pair_of(equal[0], equal[1]), shared.warp_totals, equal_total);
-  if (blocks > 1) {
-    if (thread == 0) {
-      shared.block_totals[0] = less_total;
-      shared.block_totals[1] = equal_total;
-    }
-    cluster.sync();
-#pragma unroll 1
-    for (unsigned other = 0; other < block; ++other) {
-      const uint64_t* totals = cluster.in_block(shared.block_totals, other);
-      less_before += totals[0];
-      equal_before += totals[1];
-    }
-  }
-  less[0] = static_cast<uint32_t>(less_before);
-  less[1] = static_cast<uint32_t>(less_before >> 32);
-  equal[0] = static_cast<uint32_t>(equal_before);
-  equal[1] = static_cast<uint32_t>(equal_before >> 32);
-  // A single block keeps the retrieved clusters where its first counts were.
-  const bool local = blocks == 1 && retrieved <= kCountedRanks;
-  uint64_t* entries = reinterpret_cast<uint64_t*>(&shared.counts[0][0][0]);
-  uint64_t* order = local ? entries : params.order + task * params.order_capacity;
-  int32_t* estimated_ids = choice.estimated + task * params.clusters;
-  for_each_key([&](int i, uint32_t key) {
-    const bool is_near = key < near.key || (key == near.key && equal[0] < near.equals);
-    const bool is_far = key < far.key || (key == far.key && equal[1] < far.equals);
-    const uint32_t near_place = less[0] + min(equal[0], near.equals);
-    const uint32_t far_place = less[1] + min(equal[1], far.equals);
-    if (is_near) order[near_place] = pair_of(static_cast<uint32_t>(first + i), key);
-    else if (is_far) estimated_ids[far_place - near_place] = static_cast<int32_t>(first + i);
-    count_key(key);
-  });
-  if (block == 0 && thread == 0) choice.estimated_counts[task] = static_cast<int32_t>(estimated);
-  if (!local) __threadfence();
-  cluster.sync();
-
-  // The retrieved clusters by rank.
-  int32_t* ids =
-      choice.retrieved == nullptr ? nullptr : choice.retrieved + task * params.max_retrieved;
-  int32_t* before =
-      choice.before == nullptr ? nullptr : choice.before + task * (params.max_retrieved + 1);
-  int32_t* shift = choice.before == nullptr ? nullptr : choice.shift + task * params.max_retrieved;
-  int32_t* rank_tokens = local ? reinterpret_cast<int32_t*>(&shared.counts[1][0][0]) : before + 1;
-  int32_t* rank_slots = local ? rank_tokens + kCountedRanks : shift;
-  const int32_t* all_offsets = params.offsets + task * (params.clusters + 1);
-  const auto place_rank = [&](int rank, uint64_t entry) {
-    const int64_t id = static_cast<int64_t>(entry & 0xffffffffu);
-    if (ids != nullptr) ids[rank] = static_cast<int32_t>(id);
-    if (before == nullptr) return;
-    // An index in disorder must not lead outside the store.
-    const int64_t slot = all_offsets[id], tokens = all_offsets[id + 1] - slot;
-    const bool inside = slot >= 0 && tokens >= 0 && slot + tokens <= choice.store_capacity;
-    rank_tokens[rank] = inside ? static_cast<int32_t>(tokens) : 0;
-    rank_slots[rank] = static_cast<int32_t>(slot);
-  };
-  const int all_threads = blocks * kSelectThreads;
-  const int own_thread = static_cast<int>(block) * kSelectThreads + thread;
-  const int ranks = static_cast<int>(retrieved);
-  if (ranks <= kCountedRanks) {
-    if (!local) {
-#pragma unroll 1
-      for (int i = thread; i < ranks; i += kSelectThreads) entries[i] = __ldcg(order + i);
-      __syncthreads();
-    }
-    const int part = thread % kLanesPerRank;
-#pragma unroll 1
-    for (int item = own_thread / kLanesPerRank;; item += all_threads / kLanesPerRank) {
-      if (item - lane / kLanesPerRank >= ranks) break;  // alike in a warp
-      const uint64_t own = item < ranks ? entries[item] : 0;
-      uint32_t smaller = 0;
-#pragma unroll 4
-      for (int i = part; i < ranks; i += kLanesPerRank) smaller += entries[i] < own;
-#pragma unroll
-      for (int step = 1; step < kLanesPerRank; step *= 2) {
-        smaller += __shfl_xor_sync(kAllLanes, smaller, step);
-      }
-      if (part == 0 && item < ranks) place_rank(static_cast<int>(smaller), own);
-    }
-  } else {
-    sort_entries(order, ranks, own_thread, all_threads, cluster);
-#pragma unroll 1
-    for (int i = own_thread; i < ranks; i += all_threads) place_rank(i, __ldcg(order + i));
-  }
-  if (ids != nullptr) {
-#pragma unroll 1
-    for (int64_t i = ranks + own_thread; i < params.max_retrieved; i += all_threads) ids[i] = -1;
-  }
-  if (before == nullptr) {
-    cluster.sync();  // others may still read this block's shared memory
-    return;
-  }
-  if (!local) __threadfence();
-  cluster.sync();
-  if (block != 0) return;
-  uint32_t sum = 0;
-  const int most_ranks = static_cast<int>(params.max_retrieved);
-#pragma unroll 1
-  for (int start = 0; start < most_ranks; start += kSelectThreads) {
-    const int rank = start + thread;
-    const uint32_t tokens = rank < ranks ? static_cast<uint32_t>(rank_tokens[rank]) : 0;
-    const int32_t slot = rank < ranks ? rank_slots[rank] : 0;
-    uint64_t total;
-    const uint32_t behind =
-        sum + static_cast<uint32_t>(sum_before(tokens, shared.warp_totals, total));
-    if (rank < most_ranks) {
-      before[rank + 1] = static_cast<int32_t>(behind + tokens);
-      shift[rank] = slot - static_cast<int32_t>(behind);
-    }
-    sum += static_cast<uint32_t>(total);
-  }
-  if (thread == 0) {
-    before[0] = 0;
-    unsigned long long* row =
-        reinterpret_cast<unsigned long long*>(choice.counters + b * kCounters);
-    atomicAdd(row + kRetrievedTokens, static_cast<unsigned long long>(sum));
-    if (task % params.heads == 0) atomicAdd(row + kSteps, 1ull);
-  }
-}
-
-int64_t power_of_two(int64_t count) {
-  int64_t size = 1;
-  while (size < count) size *= 2;
-  return size;
+SelectParams select_params(const WaveEstimateParams& params) {
+  SelectParams select = {};
+  select.batch = params.batch;
+  select.heads = params.heads;
+  select.groups = params.groups;
+  select.clusters = params.clusters;
+  select.offsets = params.offsets;
+  select.max_retrieved = params.max_retrieved;
+  select.min_retrieved_clusters = params.min_retrieved_clusters;
+  select.retrieval_budget = params.retrieval_budget;
+  select.estimation_budget = params.estimation_budget;
+  return select;
 }
 
 }  // namespace
 
-ChoiceSpace reserve_choice(Workspace& workspace, const WaveEstimateParams& params) {
+ChoiceSpace reserve_choice(
+    const Launcher& launch, Workspace& workspace, const WaveEstimateParams& params) {
   const int64_t tasks = params.batch * params.heads, ranks = params.max_retrieved;
   ChoiceSpace space;
   space.before = workspace.reserve<int32_t>(tasks * (ranks + 1));
@@ -809,8 +385,7 @@ ChoiceSpace reserve_choice(Workspace& workspace, const WaveEstimateParams& param
       workspace.reserve<float>(params.use_variance ? 0 : tasks * params.clusters * params.groups);
   space.sums =
       workspace.reserve<float2>(tasks * score_block_count(params.clusters, 1) * params.groups);
-  space.keys = workspace.reserve<uint32_t>(tasks * ceil_div(params.clusters, 4) * 4);
-  space.order = workspace.reserve<uint64_t>(tasks * power_of_two(ranks));
+  space.select = reserve_select(launch, workspace, select_params(params));
   return space;
 }
 
@@ -848,34 +423,12 @@ void choose(
   score.ticket_count = choice.ticket_count;
   RETRO_CUDA_DISPATCH(params.dtype, launch_score, launch, score, tasks);
 
-  SelectParams select;
-  select.heads = params.heads;
-  select.groups = params.groups;
-  select.clusters = params.clusters;
+  SelectParams select = select_params(params);
   select.score_blocks = score_block_count(params.clusters, score.warp_tiles);
-  select.offsets = params.offsets;
   select.ranked = params.use_variance ? score.log2_mass : score.ranked;
   select.sums = score.sums;
-  select.max_retrieved = params.max_retrieved;
-  select.min_retrieved_clusters = params.min_retrieved_clusters;
-  select.retrieval_budget = params.retrieval_budget;
-  select.estimation_budget = params.estimation_budget;
-  select.keys = workspace.at<uint32_t>(space.keys);
-  select.order = workspace.at<uint64_t>(space.order);
-  select.order_capacity = power_of_two(params.max_retrieved);
   select.choice = choice;
-  int64_t blocks = 1;
-  while (launch.hopper() && blocks < kMostBlocks && blocks * kBlockKeys < params.clusters)
-    blocks *= 2;
-  const int64_t block_keys =
-      ceil_div(std::max<int64_t>(params.clusters, 1), blocks * kSelectThreads * 4) * 4 *
-      kSelectThreads;
-  const bool keys_in_shared = block_keys <= kKeysInShared;
-  const int64_t bytes = static_cast<int64_t>(sizeof(SelectShared)) +
-      ceil_div(params.groups, 4) * 16 + (keys_in_shared ? block_keys * 4 : 0);
-  launch(
-      select_kernel, grid_of(tasks * blocks), kSelectThreads, bytes, blocks, select,
-      static_cast<int32_t>(blocks), static_cast<int32_t>(keys_in_shared));
+  select_clusters(launch, workspace, space.select, select);
 }
 
 AttendParams estimate_params(const WaveEstimateParams& params, const Choice& choice) {
@@ -923,9 +476,10 @@ std::tuple<Tensor, Tensor, Tensor> wave_estimate(
 
   Choice choice = {};
   AttendParams sizes = estimate_params(params, choice);
-  sizes.estimate_pieces = estimate_piece_count(tasks, launch.processors());
+  plan_attend(launch, sizes);
+  sizes.exact_warps = 0;
   Workspace workspace;
-  const ChoiceSpace choice_space = reserve_choice(workspace, params);
+  const ChoiceSpace choice_space = reserve_choice(launch, workspace, params);
   const AttendSpace attend_space = reserve_attend(workspace, sizes);
   workspace.allocate(query);
 
@@ -936,7 +490,8 @@ std::tuple<Tensor, Tensor, Tensor> wave_estimate(
   choose(launch, params, workspace, choice_space, choice);
 
   AttendParams attention = estimate_params(params, choice);
-  attention.estimate_pieces = sizes.estimate_pieces;
+  plan_attend(launch, attention);
+  attention.exact_warps = 0;
   use_attend(attend_space, workspace, attention);
   attention.estimate = params.estimate;
   attention.estimate_lse = params.estimate_lse;

@@ -1,0 +1,817 @@
+#include "select_clusters.h"
+
+#include <cooperative_groups.h>
+
+#include "counters.h"
+#include "wave_estimate.h"
+
+namespace retro {
+namespace {
+
+namespace groups_of_threads = cooperative_groups;
+
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
+constexpr int kBins = 4096;
+constexpr int kThreadBins = kBins / kThreads;
+// The first bins are 64 to a factor of 2 in score, from 128 down; sums of at most G shares of 1 lie below
+// that as a rule, and what does not falls into the first bin.
+constexpr int kFirstShift = 17;
+constexpr uint32_t kFirstBin = (0xfffffffdu - 0x43000000u) >> kFirstShift;
+// Keys of one bin that are put in order by counting; a bin with more is cut into bins again.
+constexpr uint32_t kCandidates = kThreads / 2;
+// Retrieved clusters that are put in order by counting; beyond, by a sorting network.
+constexpr uint32_t kCountedRanks = 2048;
+constexpr int kLanesPerRank = 8;
+// Of a (row, head) with more clusters, several processors choose together.
+constexpr int64_t kBlockKeys = 16384;
+constexpr int64_t kMostBlocks = 8;  // of a portable thread block cluster
+constexpr int kAhead = 4;           // scores of a thread that are under way
+
+__device__ __forceinline__ uint64_t pair_of(uint32_t low, uint32_t high) {
+  return static_cast<uint64_t>(high) << 32 | low;
+}
+
+// Ascending keys are descending scores. A cluster without tokens, or whose score is not a number, comes
+// behind all others, with this key; ties go by id.
+constexpr uint32_t kLastKey = 0xfffffffeu;
+
+__device__ __forceinline__ uint32_t sort_key(float score, bool empty) {
+  return !empty && score >= 0.0f ? kLastKey - 1 - __float_as_uint(score) : kLastKey;
+}
+
+// A range of keys in which the last of the first k clusters lies.
+struct Range {
+  uint32_t low, high;  // first and last key
+  uint32_t rank;       // of that cluster among those of the range
+  uint32_t count;      // of clusters in the range
+
+  // In order, no two keys need more thought: their clusters are few, or they are equal.
+  __device__ __forceinline__ bool done() const { return count <= kCandidates || low == high; }
+  __device__ __forceinline__ bool holds(uint32_t key) const { return key - low <= high - low; }
+  __device__ __forceinline__ int shift() const {
+    const int bits = 32 - __clz(static_cast<int>(high - low));
+    return bits > 12 ? bits - 12 : 0;
+  }
+};
+static_assert(kBins == 1 << 12);
+
+__device__ __forceinline__ int first_bin(uint32_t key) {
+  const int bin = static_cast<int>(key >> kFirstShift) - static_cast<int>(kFirstBin);
+  return min(max(bin, 0), kBins - 1);
+}
+
+__device__ __forceinline__ void cut_first(int bin, Range& range) {
+  range.low = bin == 0 ? 0 : (kFirstBin + bin) << kFirstShift;
+  range.high = bin == kBins - 1 ? kLastKey : ((kFirstBin + bin + 1) << kFirstShift) - 1;
+}
+
+__device__ __forceinline__ void cut(int bin, Range& range) {
+  const int shift = range.shift();
+  const uint32_t low = range.low + (static_cast<uint32_t>(bin) << shift);
+  const uint32_t width = (1u << shift) - 1;
+  range.high = width < range.high - low ? low + width : range.high;
+  range.low = low;
+}
+
+// What the phases of a block share.
+struct alignas(16) State {
+  int32_t blocks, first, count;  // of clusters: the first of this block, and how many it has
+  int32_t block_keys;
+  int32_t retrieved;   // by all blocks
+  bool open[2];        // whether a threshold must be searched
+  uint32_t* far_keys;  // where keys do not fit behind this
+
+  uint32_t warp_totals[kWarps];
+  uint64_t thresholds[2];  // pair_of(id, key) of the last retrieved, and of the last estimated
+  Range ranges[2];
+  uint32_t candidate_counts[2];
+  uint32_t entry_count;
+  uint32_t estimated_count;
+  uint32_t equals;
+  int32_t all_tokens;  // of the retrieved clusters
+  uint64_t candidates[2][kCandidates];
+  uint64_t entries[kCountedRanks];  // retrieved clusters, pair_of(id, key)
+  union alignas(16) {
+    uint32_t counts[2][kBins];  // of keys by bin, for each threshold; at first for both
+    struct {
+      int32_t tokens[kCountedRanks];
+      int32_t slots[kCountedRanks];
+    } of_entries;
+  };
+
+  // Too many equal keys are not listed: their ids alone decide.
+  __device__ __forceinline__ bool listed(int n) const {
+    return open[n] && ranges[n].count <= kCandidates;
+  }
+  __device__ __forceinline__ bool counted() const {
+    return retrieved <= static_cast<int32_t>(kCountedRanks);
+  }
+};
+
+extern __shared__ uint4 shared_memory[];
+
+// Through these the compiler knows that it is shared memory.
+__device__ __forceinline__ State& state() { return *reinterpret_cast<State*>(shared_memory); }
+
+// Bits by cluster, 32 to a word; behind them how many bits lie before each word, then the keys.
+__device__ __forceinline__ uint32_t* words() {
+  return reinterpret_cast<uint32_t*>(shared_memory) + sizeof(State) / 4;
+}
+__device__ __forceinline__ uint32_t* words_before() { return words() + state().block_keys / 32; }
+
+template <bool kInShared>
+__device__ __forceinline__ uint32_t* keys() {
+  if constexpr (kInShared) return words() + state().block_keys / 16;
+  else return state().far_keys;
+}
+
+// The blocks that choose together for one (row, head).
+struct Cluster {
+  bool several;
+  groups_of_threads::cluster_group group = groups_of_threads::this_cluster();
+
+  __device__ __forceinline__ explicit Cluster(int blocks) : several(blocks > 1) {}
+
+  __device__ __forceinline__ void sync() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (several) {
+      group.sync();
+      return;
+    }
+#endif
+    __syncthreads();
+  }
+  __device__ __forceinline__ unsigned rank() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (several) return group.block_rank();
+#endif
+    return 0;
+  }
+  // The same variable in another block's shared memory.
+  template <typename T>
+  __device__ __forceinline__ T* in_block(T* variable, unsigned block) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (several) return group.map_shared_rank(variable, block);
+#endif
+    return variable;
+  }
+};
+
+__device__ __forceinline__ uint32_t scan_warp(uint32_t sum) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const uint32_t other = __shfl_up_sync(kAllLanes, sum, step);
+    if (static_cast<int>(threadIdx.x) % 32 >= step) sum += other;
+  }
+  return sum;
+}
+
+// Sums over the threads of a block, in their order; each thread gets the sum of those before it.
+__device__ __forceinline__ uint32_t sum_before(uint32_t own, uint32_t& total) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const uint32_t sum = scan_warp(own);
+  if (lane == 31) state().warp_totals[warp] = sum;
+  __syncthreads();
+  const uint32_t through = scan_warp(state().warp_totals[lane]);
+  total = __shfl_sync(kAllLanes, through, 31);
+  const uint32_t previous = __shfl_sync(kAllLanes, through, warp > 0 ? warp - 1 : 0);
+  __syncthreads();  // warp_totals may be used again
+  return sum - own + (warp > 0 ? previous : 0);
+}
+
+// Adds up the counts of all blocks: each adds up a part and tells the others.
+__device__ __noinline__ void add_counts(int table) {
+  constexpr int kMost = static_cast<int>(kMostBlocks);
+  static_assert(kBins / 2 <= 4 * kThreads, "a thread adds up at most four bins");
+  State& shared = state();
+  const Cluster cluster(shared.blocks);
+  const unsigned blocks = static_cast<unsigned>(shared.blocks);
+  const int part = kBins / shared.blocks / 4;  // groups of four bins
+  const int at = static_cast<int>(cluster.rank()) * part + static_cast<int>(threadIdx.x);
+  const bool adds = static_cast<int>(threadIdx.x) < part;
+  uint4* counts = reinterpret_cast<uint4*>(shared.counts[table]);
+  cluster.sync();
+  uint4 sum = make_uint4(0, 0, 0, 0);
+  if (adds) {
+#pragma unroll 1
+    for (unsigned block = 0; block < blocks && block < kMost; ++block) {
+      const uint4 own = *cluster.in_block(counts + at, block);
+      sum.x += own.x, sum.y += own.y, sum.z += own.z, sum.w += own.w;
+    }
+  }
+  cluster.sync();
+  if (adds) {
+#pragma unroll 1
+    for (unsigned block = 0; block < blocks; ++block) *cluster.in_block(counts + at, block) = sum;
+  }
+  cluster.sync();
+}
+
+// Finds the bins in which ranges `first_range` to `last_range` end.
+__device__ __noinline__ void find_bins(int table, int first_range, int last_range, bool first) {
+  State& shared = state();
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  if (shared.blocks > 1) add_counts(table);
+  else __syncthreads();
+  static_assert(kThreadBins == 4);
+  const uint4 counts = reinterpret_cast<const uint4*>(shared.counts[table])[thread];
+  const uint32_t own = counts.x + counts.y + counts.z + counts.w;
+  const uint32_t warp_total = __reduce_add_sync(kAllLanes, own);
+  if (lane == 0) shared.warp_totals[warp] = warp_total;
+  const uint32_t ranks[2] = {shared.ranges[0].rank, shared.ranges[1].rank};
+  __syncthreads();  // from here on one thread changes a range, and no other reads it
+  const uint32_t through = scan_warp(shared.warp_totals[lane]);
+#pragma unroll 1
+  for (int n = first_range; n <= last_range; ++n) {
+    const uint32_t rank = n == 0 ? ranks[0] : ranks[1];
+    const unsigned beyond = __ballot_sync(kAllLanes, rank < through);
+    if (__ffs(static_cast<int>(beyond)) - 1 != warp) continue;
+    const uint32_t before_warp = __shfl_sync(kAllLanes, through, warp) - warp_total;
+    uint32_t less = before_warp + scan_warp(own) - own;
+    if (rank < less || rank >= less + own) continue;
+    Range range = shared.ranges[n];
+    int bin = 4 * thread;
+    uint32_t count = counts.x;
+    if (range.rank >= less + count) less += count, count = counts.y, ++bin;
+    if (range.rank >= less + count) less += count, count = counts.z, ++bin;
+    if (range.rank >= less + count) less += count, count = counts.w, ++bin;
+    if (first) cut_first(bin, range);
+    else cut(bin, range);
+    range.rank -= less;
+    range.count = count;
+    shared.ranges[n] = range;
+  }
+  __syncthreads();
+}
+
+// Sorts all entries, by all blocks together; `order` has room up to a power of two.
+__device__ __noinline__ void sort_entries(
+    uint64_t* order, int count, int own_thread, int all_threads, const Cluster& cluster) {
+  int size = 1;
+  while (size < count) size *= 2;
+  for (int i = count + own_thread; i < size; i += all_threads) order[i] = ~0ull;
+#pragma unroll 1
+  for (int run = 2; run <= size; run *= 2) {
+#pragma unroll 1
+    for (int distance = run / 2; distance > 0; distance /= 2) {
+      __threadfence();
+      cluster.sync();
+#pragma unroll 1
+      for (int i = own_thread; i < size / 2; i += all_threads) {
+        const int low = (i & ~(distance - 1)) * 2 + (i & (distance - 1)), high = low + distance;
+        const uint64_t a = __ldcg(order + low), b = __ldcg(order + high);
+        if ((a > b) == ((low & run) == 0)) {
+          __stcg(order + low, b);
+          __stcg(order + high, a);
+        }
+      }
+    }
+  }
+  __threadfence();
+  cluster.sync();
+}
+
+// How many bits lie before each word; returns how many there are.
+__device__ __forceinline__ uint32_t count_before(int count) {
+  const int per_thread = (count + kThreads - 1) / kThreads;
+  const int begin = static_cast<int>(threadIdx.x) * per_thread;
+  const int end = min(begin + per_thread, count);
+  uint32_t own = 0;
+#pragma unroll 1
+  for (int w = begin; w < end; ++w) own += __popc(words()[w]);
+  uint32_t total;
+  uint32_t sum = sum_before(own, total);
+#pragma unroll 1
+  for (int w = begin; w < end; ++w) {
+    words_before()[w] = sum;
+    sum += __popc(words()[w]);
+  }
+  return total;
+}
+
+// Slot and tokens of the cluster at `offset`. An index in disorder must not lead outside the store.
+__device__ __forceinline__ int32_t
+slot_of(const int32_t* offset, int64_t store_capacity, int32_t& tokens) {
+  const int32_t slot = offset[0];
+  tokens = offset[1] - slot;
+  const bool inside = slot >= 0 && tokens >= 0 && int64_t{slot} + tokens <= store_capacity;
+  if (!inside) tokens = 0;
+  return slot;
+}
+
+// The threshold of a range of equal keys: clusters come in order of their ids.
+template <bool kInShared>
+__device__ __noinline__ void find_equal(int n) {
+  State& shared = state();
+  const Cluster cluster(shared.blocks);
+  const int thread = static_cast<int>(threadIdx.x);
+  const uint32_t equal = shared.ranges[n].low, rank = shared.ranges[n].rank;
+  const int count = (shared.count + 31) / 32;
+#pragma unroll 1
+  for (int i = thread; i / 32 < count; i += kThreads) {
+    const uint32_t bits =
+        __ballot_sync(kAllLanes, i < shared.count && keys<kInShared>()[i] == equal);
+    if (thread % 32 == 0) words()[i / 32] = bits;
+  }
+  __syncthreads();
+  const uint32_t own = count_before(count);
+  if (thread == 0) shared.equals = own;
+  cluster.sync();
+  uint32_t behind = 0;
+#pragma unroll 1
+  for (unsigned other = 0; other < cluster.rank(); ++other) {
+    behind += *cluster.in_block(&shared.equals, other);
+  }
+  // One thread finds the cluster, and tells all blocks.
+#pragma unroll 1
+  for (int w = thread; w < count; w += kThreads) {
+    uint32_t bits = words()[w];
+    const uint32_t low = behind + words_before()[w];
+    if (rank < low || rank - low >= static_cast<uint32_t>(__popc(bits))) continue;
+    for (uint32_t skip = rank - low; skip > 0; --skip) bits &= bits - 1;
+    const int id = shared.first + w * 32 + __ffs(static_cast<int>(bits)) - 1;
+#pragma unroll 1
+    for (unsigned other = 0; other < static_cast<unsigned>(shared.blocks); ++other) {
+      *cluster.in_block(&shared.thresholds[n], other) = pair_of(static_cast<uint32_t>(id), equal);
+    }
+  }
+  cluster.sync();
+}
+
+// Narrows both ranges until they are done.
+template <bool kInShared>
+__device__ __noinline__ void find_ranges() {
+  State& shared = state();
+  const Cluster cluster(shared.blocks);
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll 1
+  while ((shared.open[0] && !shared.ranges[0].done()) ||
+         (shared.open[1] && !shared.ranges[1].done())) {
+    const Range ranges[2] = {shared.ranges[0], shared.ranges[1]};
+    const bool cuts[2] = {shared.open[0] && !ranges[0].done(), shared.open[1] && !ranges[1].done()};
+    cluster.sync();  // all have read counts and ranges
+#pragma unroll 1
+    for (int i = thread; i < 2 * kBins / 4; i += kThreads) {
+      reinterpret_cast<uint4*>(&shared.counts[0][0])[i] = make_uint4(0, 0, 0, 0);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = thread; i < shared.count; i += kThreads) {
+      const uint32_t key = keys<kInShared>()[i];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        if (cuts[n] && ranges[n].holds(key)) {
+          atomicAdd(&shared.counts[n][(key - ranges[n].low) >> ranges[n].shift()], 1u);
+        }
+      }
+    }
+    if (cuts[0]) find_bins(0, 0, 0, false);
+    if (cuts[1]) find_bins(1, 1, 1, false);
+  }
+#pragma unroll 1
+  for (int n = 0; n < 2; ++n) {
+    if (shared.open[n] && !shared.listed(n)) find_equal<kInShared>(n);
+  }
+}
+
+// Retrieved clusters in any order, to entries or `order`; estimated ones as bits; those in between to
+// candidates. Lists are those of the first block.
+template <bool kInShared>
+__device__ __noinline__ void part_clusters(uint64_t* order) {
+  State& shared = state();
+  const Cluster cluster(shared.blocks);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int count = shared.count, first = shared.first;
+  // Keys below `low` belong; of the others those up to `width` above it are candidates. A threshold that is
+  // known has none: its clusters of equal keys, `equal`, belong up to `last_id`.
+  uint32_t low[2], width[2], last_id[2];
+  bool listed[2];
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    listed[n] = shared.listed(n);
+    const Range range = shared.ranges[n];
+    low[n] = listed[n] ? range.low : static_cast<uint32_t>(shared.thresholds[n] >> 32);
+    width[n] = listed[n] ? range.high - range.low : 0;
+    last_id[n] = static_cast<uint32_t>(shared.thresholds[n]);
+  }
+  const auto list = [&](uint64_t own, int n) {
+    const uint32_t at = atomicAdd(cluster.in_block(&shared.candidate_counts[n], 0), 1u);
+    *cluster.in_block(&shared.candidates[n][at], 0) = own;
+  };
+#pragma unroll 2
+  for (int i = thread; i - lane < count; i += kThreads) {
+    const bool inside = i < count;
+    const uint32_t key = inside ? keys<kInShared>()[i] : ~0u;
+    const uint32_t id = static_cast<uint32_t>(first + i);
+    bool is_near = key < low[0], is_far = key < low[1];
+    if (inside && (key - low[0] <= width[0] || key - low[1] <= width[1])) {
+      const bool at_near = key - low[0] <= width[0], at_far = key - low[1] <= width[1];
+      if (at_near && listed[0]) list(pair_of(id, key), 0);
+      if (at_far && listed[1]) list(pair_of(id, key), 1);
+      if (at_near && !listed[0]) is_near = id <= last_id[0];
+      if (at_far && !listed[1]) is_far = id <= last_id[1];
+      // Those that may yet be retrieved are decided on later.
+      if (at_near && listed[0]) is_far = false;
+    }
+    const uint32_t far_bits = __ballot_sync(kAllLanes, inside && is_far && !is_near);
+    if (lane == 0) words()[i / 32] = far_bits;
+    if (!inside || !is_near) continue;
+    const uint32_t at = atomicAdd(cluster.in_block(&shared.entry_count, 0), 1u);
+    if (shared.counted()) *cluster.in_block(&shared.entries[at], 0) = pair_of(id, key);
+    else __stcg(order + at, pair_of(id, key));
+  }
+  if (!shared.counted()) __threadfence();
+  cluster.sync();
+}
+
+// Puts the candidates in order: some are retrieved, some estimated.
+__device__ __noinline__ void part_candidates(uint64_t* order) {
+  State& shared = state();
+  const Cluster cluster(shared.blocks);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int n = thread / static_cast<int>(kCandidates);
+  const uint32_t c = static_cast<uint32_t>(thread) % kCandidates;
+  const uint32_t candidates = shared.listed(n) ? shared.ranges[n].count : 0;
+  const uint32_t entries = *cluster.in_block(&shared.entry_count, 0);
+  if (cluster.rank() != 0) {
+    if (c < candidates) shared.candidates[n][c] = *cluster.in_block(&shared.candidates[n][c], 0);
+    if (shared.counted()) {
+#pragma unroll 1
+      for (uint32_t i = thread; i < entries; i += kThreads) {
+        shared.entries[i] = *cluster.in_block(&shared.entries[i], 0);
+      }
+    }
+    __syncthreads();
+  }
+  if (c < candidates) {
+    const uint64_t own = shared.candidates[n][c];
+    const uint32_t key = static_cast<uint32_t>(own >> 32);
+    uint32_t smaller = 0;
+#pragma unroll 4
+    for (uint32_t i = 0; i < candidates; ++i) smaller += shared.candidates[n][i] < own;
+    bool is_far = false;
+    if (n == 0 && smaller <= shared.ranges[0].rank) {
+      if (shared.counted()) shared.entries[entries + smaller] = own;
+      else if (cluster.rank() == 0) __stcg(order + entries + smaller, own);
+    } else if (n == 0) {
+      // Those that are candidates to be estimated are decided on there.
+      is_far = shared.listed(1) ? key < shared.ranges[1].low : own <= shared.thresholds[1];
+    } else {
+      is_far = smaller <= shared.ranges[1].rank;
+      // In one bin with the last retrieved cluster, only what lies behind that.
+      if (is_far && shared.listed(0) && shared.ranges[0].holds(key)) {
+        is_far = smaller > shared.ranges[0].rank;
+      }
+    }
+    const uint32_t at = static_cast<uint32_t>(own) - static_cast<uint32_t>(shared.first);
+    if (is_far && at < static_cast<uint32_t>(shared.count)) {
+      atomicOr(&words()[at / 32], 1u << at % 32);
+    }
+  }
+  if (!shared.counted()) __threadfence();
+  __syncthreads();
+}
+
+// Ids of the estimated clusters in their order; meanwhile the places of the retrieved ones.
+__device__ __noinline__ void write_estimated(
+    const int32_t* all_offsets, int64_t store_capacity, int32_t* estimated_ids) {
+  State& shared = state();
+  const Cluster cluster(shared.blocks);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int count = (shared.count + 31) / 32, retrieved = shared.retrieved;
+  int32_t slot = 0, tokens = 0;
+  if (shared.counted() && thread < retrieved) {
+    slot = slot_of(
+        all_offsets + static_cast<uint32_t>(shared.entries[thread]), store_capacity, tokens);
+  }
+  const uint32_t own_estimated = count_before(count);
+  if (thread == 0) shared.estimated_count = own_estimated;
+  if (shared.counted()) {
+    if (thread < retrieved) {
+      shared.of_entries.tokens[thread] = tokens;
+      shared.of_entries.slots[thread] = slot;
+    }
+#pragma unroll 1
+    for (int i = thread + kThreads; i < retrieved; i += kThreads) {
+      shared.of_entries.slots[i] =
+          slot_of(all_offsets + static_cast<uint32_t>(shared.entries[i]), store_capacity, tokens);
+      shared.of_entries.tokens[i] = tokens;
+    }
+  }
+  cluster.sync();
+#pragma unroll 1
+  for (unsigned other = 0; other < cluster.rank(); ++other) {
+    estimated_ids += *cluster.in_block(&shared.estimated_count, other);
+  }
+#pragma unroll 2
+  for (int w = warp; w < count; w += kWarps) {
+    const uint32_t bits = words()[w];
+    if (bits >> lane & 1) {
+      estimated_ids[words_before()[w] + __popc(bits & ((1u << lane) - 1))] =
+          shared.first + w * 32 + lane;
+    }
+  }
+}
+
+// Puts entries in order and writes ids, `before` and `shift`, where they are wanted; returns all tokens.
+__device__ __noinline__ int32_t rank_entries(int32_t* ids, int32_t* before, int32_t* shift) {
+  State& shared = state();
+  const Cluster cluster(shared.blocks);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int retrieved = shared.retrieved, all_threads = shared.blocks * kThreads;
+  const int part = thread % kLanesPerRank;
+  const int own_thread = static_cast<int>(cluster.rank()) * kThreads + thread;
+#pragma unroll 1
+  for (int item = own_thread / kLanesPerRank;; item += all_threads / kLanesPerRank) {
+    if (item - lane / kLanesPerRank >= retrieved) break;  // alike in a warp
+    const uint64_t own = item < retrieved ? shared.entries[item] : 0;
+    uint32_t smaller = 0;
+    int32_t behind = 0;
+#pragma unroll 4
+    for (int i = part; i < retrieved; i += kLanesPerRank) {
+      const bool is_before = shared.entries[i] < own;
+      smaller += is_before;
+      behind += is_before ? shared.of_entries.tokens[i] : 0;
+    }
+#pragma unroll
+    for (int step = 1; step < kLanesPerRank; step *= 2) {
+      smaller += __shfl_xor_sync(kAllLanes, smaller, step);
+      behind += __shfl_xor_sync(kAllLanes, behind, step);
+    }
+    if (part != 0 || item >= retrieved) continue;
+    if (ids != nullptr) ids[smaller] = static_cast<int32_t>(own & 0xffffffffu);
+    if (before == nullptr) continue;
+    const int32_t through = behind + shared.of_entries.tokens[item];
+    before[smaller + 1] = through;
+    shift[smaller] = shared.of_entries.slots[item] - behind;
+    if (static_cast<int>(smaller) == retrieved - 1)
+      *cluster.in_block(&shared.all_tokens, 0) = through;
+  }
+  cluster.sync();
+  return retrieved > 0 ? shared.all_tokens : 0;
+}
+
+// The same for entries in `order`, which are too many to be counted.
+__device__ __noinline__ int32_t rank_order(
+    uint64_t* order,
+    const int32_t* all_offsets,
+    int64_t store_capacity,
+    int32_t* ids,
+    int32_t* before,
+    int32_t* shift) {
+  State& shared = state();
+  const Cluster cluster(shared.blocks);
+  const int thread = static_cast<int>(threadIdx.x), retrieved = shared.retrieved;
+  const int own_thread = static_cast<int>(cluster.rank()) * kThreads + thread;
+  const int all_threads = shared.blocks * kThreads;
+  sort_entries(order, retrieved, own_thread, all_threads, cluster);
+  if (ids != nullptr) {
+#pragma unroll 1
+    for (int i = own_thread; i < retrieved; i += all_threads) {
+      ids[i] = static_cast<int32_t>(__ldcg(order + i) & 0xffffffffu);
+    }
+  }
+  int32_t all_tokens = 0;
+  if (before != nullptr && cluster.rank() == 0) {
+#pragma unroll 1
+    for (int start = 0; start < retrieved; start += kThreads) {
+      const int rank = start + thread;
+      int32_t slot = 0, tokens = 0;
+      if (rank < retrieved) {
+        slot = slot_of(all_offsets + (__ldcg(order + rank) & 0xffffffffu), store_capacity, tokens);
+      }
+      uint32_t total;
+      const int32_t behind =
+          all_tokens + static_cast<int32_t>(sum_before(static_cast<uint32_t>(tokens), total));
+      if (rank < retrieved) {
+        before[rank + 1] = behind + tokens;
+        shift[rank] = slot - behind;
+      }
+      all_tokens += static_cast<int32_t>(total);
+    }
+  }
+  cluster.sync();  // nobody ends while others read its shared memory
+  return all_tokens;
+}
+
+template <bool kInShared>
+__global__ void __launch_bounds__(kThreads)
+    select_kernel(const __grid_constant__ SelectParams params, int32_t blocks, int32_t block_keys) {
+  State& shared = state();
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  release_successor();
+  const int task = static_cast<int>(blockIdx.x) / blocks;
+  const int b = task / static_cast<int>(params.heads);
+  const int groups = static_cast<int>(params.groups);
+  const Choice& choice = params.choice;
+  const int32_t* all_offsets = params.offsets + task * (params.clusters + 1);
+  {
+    const int block = static_cast<int>(blockIdx.x) - task * blocks, first = block * block_keys;
+    // Behind the words and the keys: log2 of the sum of all masses, [G].
+    float* norms =
+        reinterpret_cast<float*>(words() + block_keys / 16 + (kInShared ? block_keys : 0));
+#pragma unroll 1
+    for (int i = thread; i < kBins / 4; i += kThreads) {
+      reinterpret_cast<uint4*>(shared.counts[0])[i] = make_uint4(0, 0, 0, 0);
+    }
+    if (thread == 0) {
+      shared.block_keys = block_keys;
+      shared.far_keys = params.keys + static_cast<int64_t>(blockIdx.x) * block_keys;
+    }
+    wait_for_predecessor();
+
+    const int64_t counted_clusters = choice.counters[b * kCounters + kClusters];
+    const int held = max(0, min(static_cast<int>(params.clusters) - first, block_keys));
+    const float* ranked = params.ranked + (task * params.clusters + first) * params.groups;
+    const bool quads = groups % 4 == 0;
+    float4 logits[kAhead];
+    const auto fetch = [&](int start) {
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int i = start + thread + k * kThreads;
+        if (!quads || i >= held) continue;
+        logits[k] =
+            __ldcg(reinterpret_cast<const float4*>(ranked + static_cast<int64_t>(i) * groups));
+      }
+    };
+    fetch(0);
+#pragma unroll 1
+    for (int g = warp; g < groups; g += kWarps) {
+      const float2* sums = params.sums + task * params.score_blocks * groups + g;
+      float top = -INFINITY, sum = 0.0f;
+#pragma unroll 1
+      for (int i = lane; i < params.score_blocks; i += 32) {
+        const float2 own = sums[static_cast<int64_t>(i) * groups];
+        const float higher = fmaxf(top, own.x), origin = higher == -INFINITY ? 0.0f : higher;
+        sum = sum * exp2_of(top - origin) + own.y * exp2_of(own.x - origin);
+        top = higher;
+      }
+      float all = top;
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) {
+        all = fmaxf(all, __shfl_xor_sync(kAllLanes, all, step));
+      }
+      sum = top == -INFINITY ? 0.0f : sum * exp2_of(top - all);
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+      if (lane == 0) norms[g] = all + log2_of(sum);
+    }
+    const int live = static_cast<int>(
+        counted_clusters < 0                     ? 0
+            : counted_clusters < params.clusters ? counted_clusters
+                                                 : params.clusters);
+    const int count = max(0, min(live - first, block_keys));
+    // A warp that has no norms to add up.
+    const int other = thread - (kThreads - 32);
+    if (other == 0 || other == 1) {
+      const int64_t most =
+          retrieved_count(params.retrieval_budget, params.min_retrieved_clusters, live);
+      const int retrieved =
+          static_cast<int>(most < params.max_retrieved ? most : params.max_retrieved);
+      const int estimated =
+          min(static_cast<int>(budget_count(params.estimation_budget, live)), live - retrieved);
+      const int wanted = other == 0 ? retrieved : retrieved + estimated;
+      // The first and the last of all clusters need no search.
+      shared.thresholds[other] = wanted == 0 ? 0 : ~0ull;
+      shared.open[other] = wanted > 0 && wanted < live;
+      shared.ranges[other] = {0, kLastKey, static_cast<uint32_t>(wanted) - 1, 0};
+      shared.candidate_counts[other] = 0;
+      if (other == 0) {
+        shared.entry_count = 0;
+        shared.retrieved = retrieved;
+        shared.blocks = blocks;
+        shared.first = first;
+        shared.count = count;
+        if (block == 0) choice.estimated_counts[task] = estimated;
+      }
+    }
+    __syncthreads();
+
+    float norm[4];
+#pragma unroll
+    for (int g = 0; g < 4; ++g) norm[g] = quads ? norms[g] : 0.0f;
+#pragma unroll 1
+    for (int start = 0; start < count; start += kAhead * kThreads) {
+      if (start > 0) fetch(start);
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int i = start + thread + k * kThreads;
+        if (i >= count) continue;
+        const float* own = ranked + static_cast<int64_t>(i) * groups;
+        float score = 0.0f;
+        if (quads) {
+          score = exp2_of(logits[k].x - norm[0]) + exp2_of(logits[k].y - norm[1]) +
+              exp2_of(logits[k].z - norm[2]) + exp2_of(logits[k].w - norm[3]);
+        }
+        const float one = quads ? logits[k].x : own[0];
+        if (groups > 4 || !quads) {
+#pragma unroll 1
+          for (int g = quads ? 4 : 0; g < groups; ++g) score += exp2_of(own[g] - norms[g]);
+        }
+        const uint32_t key = sort_key(score, one == -INFINITY);
+        keys<kInShared>()[i] = key;
+        atomicAdd(&shared.counts[0][first_bin(key)], 1u);
+      }
+    }
+  }
+
+  if (shared.open[0] || shared.open[1]) {
+    find_bins(0, shared.open[0] ? 0 : 1, shared.open[1] ? 1 : 0, true);
+    find_ranges<kInShared>();
+  } else {
+    Cluster(blocks).sync();
+  }
+  uint64_t* order = params.order + task * params.order_capacity;
+  part_clusters<kInShared>(order);
+  part_candidates(order);
+  write_estimated(all_offsets, choice.store_capacity, choice.estimated + task * params.clusters);
+  int32_t* ids =
+      choice.retrieved == nullptr ? nullptr : choice.retrieved + task * params.max_retrieved;
+  int32_t* before =
+      choice.before == nullptr ? nullptr : choice.before + task * (params.max_retrieved + 1);
+  int32_t* shift = choice.before == nullptr ? nullptr : choice.shift + task * params.max_retrieved;
+  const int32_t tokens = shared.counted()
+      ? rank_entries(ids, before, shift)
+      : rank_order(order, all_offsets, choice.store_capacity, ids, before, shift);
+  const int block = static_cast<int>(blockIdx.x) - task * blocks;
+  if (block != 0) return;
+#pragma unroll 1
+  for (int64_t rank = shared.retrieved + thread; rank < params.max_retrieved; rank += kThreads) {
+    if (ids != nullptr) ids[rank] = -1;
+    if (before == nullptr) continue;
+    before[rank + 1] = tokens;
+    shift[rank] = 0;
+  }
+  if (thread != 0 || before == nullptr) return;
+  before[0] = 0;
+  unsigned long long* row = reinterpret_cast<unsigned long long*>(choice.counters + b * kCounters);
+  atomicAdd(row + kRetrievedTokens, static_cast<unsigned long long>(tokens));
+  if (task % params.heads == 0) atomicAdd(row + kSteps, 1ull);
+}
+
+struct Plan {
+  int64_t blocks, block_keys, shared_bytes;
+  bool in_shared;
+};
+
+Plan plan_select(const Launcher& launch, const SelectParams& params) {
+  Plan plan = {};
+  const auto set_blocks = [&](int64_t blocks) {
+    plan.blocks = blocks;
+    plan.block_keys = ceil_div(std::max<int64_t>(params.clusters, 1), blocks * 32) * 32;
+    plan.shared_bytes = static_cast<int64_t>(sizeof(State)) + ceil_div(params.groups, 4) * 16 +
+        2 * (plan.block_keys / 32) * 4;
+    const int64_t key_bytes = plan.block_keys * 4;
+    plan.in_shared = plan.shared_bytes + key_bytes <= launch.shared_bytes();
+    if (plan.in_shared) plan.shared_bytes += key_bytes;
+  };
+  set_blocks(1);
+  while (launch.hopper() && plan.blocks < kMostBlocks) {
+    if (plan.in_shared && plan.blocks * kBlockKeys >= params.clusters) break;
+    set_blocks(2 * plan.blocks);
+  }
+  return plan;
+}
+
+int64_t power_of_two(int64_t count) {
+  int64_t size = 1;
+  while (size < count) size *= 2;
+  return size;
+}
+
+}  // namespace
+
+SelectSpace reserve_select(
+    const Launcher& launch, Workspace& workspace, const SelectParams& params) {
+  const int64_t tasks = params.batch * params.heads;
+  const Plan plan = plan_select(launch, params);
+  SelectSpace space;
+  space.keys =
+      workspace.reserve<uint32_t>(plan.in_shared ? 0 : tasks * plan.blocks * plan.block_keys);
+  space.order = workspace.reserve<uint64_t>(
+      params.max_retrieved > int64_t{kCountedRanks} ? tasks * power_of_two(params.max_retrieved)
+                                                    : 0);
+  return space;
+}
+
+void select_clusters(
+    const Launcher& launch,
+    const Workspace& workspace,
+    const SelectSpace& space,
+    SelectParams& params) {
+  const Plan plan = plan_select(launch, params);
+  params.keys = workspace.at<uint32_t>(space.keys);
+  params.order = workspace.at<uint64_t>(space.order);
+  params.order_capacity = power_of_two(params.max_retrieved);
+  const auto run = [&](auto kernel) {
+    launch(
+        kernel, grid_of(params.batch * params.heads * plan.blocks), kThreads, plan.shared_bytes,
+        plan.blocks, params, static_cast<int32_t>(plan.blocks),
+        static_cast<int32_t>(plan.block_keys));
+  };
+  if (plan.in_shared) run(select_kernel<true>);
+  else run(select_kernel<false>);
+}
+
+}  // namespace retro
