@@ -26,7 +26,8 @@ constexpr int kLanesPerRank = 8;
 // Of a (row, head) with more clusters, several processors choose together.
 constexpr int64_t kBlockKeys = 16384;
 constexpr int64_t kMostBlocks = 8;  // of a portable thread block cluster
-constexpr int kAhead = 4;           // scores of a thread that are under way
+constexpr int kAhead = 8;           // scores of a thread that are under way
+constexpr int kTogether = 4;        // keys of a thread that are looked at together
 
 __device__ __forceinline__ uint64_t pair_of(uint32_t low, uint32_t high) {
   return static_cast<uint64_t>(high) << 32 | low;
@@ -86,18 +87,17 @@ struct alignas(16) State {
   uint64_t thresholds[2];  // pair_of(id, key) of the last retrieved, and of the last estimated
   Range ranges[2];
   uint32_t candidate_counts[2];
-  uint32_t entry_count;
-  uint32_t estimated_count;
-  uint32_t equals;
-  int32_t all_tokens;  // of the retrieved clusters
+  uint32_t near_count, far_count;  // of this block: retrieved and estimated clusters
+  int32_t all_tokens;              // of the retrieved clusters
   uint64_t candidates[2][kCandidates];
-  uint64_t entries[kCountedRanks];  // retrieved clusters, pair_of(id, key)
   union alignas(16) {
     uint32_t counts[2][kBins];  // of keys by bin, for each threshold; at first for both
-    struct {
+    struct {                    // the retrieved clusters, by id
+      uint32_t keys[kCountedRanks];
       int32_t tokens[kCountedRanks];
+      int32_t ids[kCountedRanks];
       int32_t slots[kCountedRanks];
-    } of_entries;
+    } chosen;
   };
 
   // Too many equal keys are not listed: their ids alone decide.
@@ -114,15 +114,20 @@ extern __shared__ uint4 shared_memory[];
 // Through these the compiler knows that it is shared memory.
 __device__ __forceinline__ State& state() { return *reinterpret_cast<State*>(shared_memory); }
 
-// Bits by cluster, 32 to a word; behind them how many bits lie before each word, then the keys.
-__device__ __forceinline__ uint32_t* words() {
-  return reinterpret_cast<uint32_t*>(shared_memory) + sizeof(State) / 4;
-}
-__device__ __forceinline__ uint32_t* words_before() { return words() + state().block_keys / 32; }
+// Behind the state, 32 clusters to a word: a bit for each that is retrieved, or estimated, and how many
+// such bits lie before the word.
+struct Words {
+  uint32_t near, far, near_before, far_before;
+};
 
+__device__ __forceinline__ Words* words() {
+  return reinterpret_cast<Words*>(shared_memory + sizeof(State) / 16);
+}
+
+// Behind the words.
 template <bool kInShared>
 __device__ __forceinline__ uint32_t* keys() {
-  if constexpr (kInShared) return words() + state().block_keys / 16;
+  if constexpr (kInShared) return reinterpret_cast<uint32_t*>(words() + state().block_keys / 32);
   else return state().far_keys;
 }
 
@@ -272,22 +277,38 @@ __device__ __noinline__ void sort_entries(
   cluster.sync();
 }
 
-// How many bits lie before each word; returns how many there are.
-__device__ __forceinline__ uint32_t count_before(int count) {
+// Fills in how many bits lie before each word, and how many there are.
+template <bool kInShared>
+__device__ __forceinline__ void count_bits(int count) {
   const int per_thread = (count + kThreads - 1) / kThreads;
   const int begin = static_cast<int>(threadIdx.x) * per_thread;
   const int end = min(begin + per_thread, count);
-  uint32_t own = 0;
-#pragma unroll 1
-  for (int w = begin; w < end; ++w) own += __popc(words()[w]);
-  uint32_t total;
-  uint32_t sum = sum_before(own, total);
+  uint32_t near = 0, far = 0, near_total, far_total;
 #pragma unroll 1
   for (int w = begin; w < end; ++w) {
-    words_before()[w] = sum;
-    sum += __popc(words()[w]);
+    near += __popc(words()[w].near);
+    far += __popc(words()[w].far);
   }
-  return total;
+  if constexpr (kInShared) {  // fewer than 65,536 clusters: one sum does for both
+    uint32_t total;
+    const uint32_t before = sum_before(near << 16 | far, total);
+    near = before >> 16, far = before & 0xffffu;
+    near_total = total >> 16, far_total = total & 0xffffu;
+  } else {
+    near = sum_before(near, near_total);
+    far = sum_before(far, far_total);
+  }
+#pragma unroll 1
+  for (int w = begin; w < end; ++w) {
+    words()[w].near_before = near;
+    words()[w].far_before = far;
+    near += __popc(words()[w].near);
+    far += __popc(words()[w].far);
+  }
+  if (threadIdx.x == 0) {
+    state().near_count = near_total;
+    state().far_count = far_total;
+  }
 }
 
 // Slot and tokens of the cluster at `offset`. An index in disorder must not lead outside the store.
@@ -312,22 +333,21 @@ __device__ __noinline__ void find_equal(int n) {
   for (int i = thread; i / 32 < count; i += kThreads) {
     const uint32_t bits =
         __ballot_sync(kAllLanes, i < shared.count && keys<kInShared>()[i] == equal);
-    if (thread % 32 == 0) words()[i / 32] = bits;
+    if (thread % 32 == 0) words()[i / 32] = {0, bits, 0, 0};
   }
   __syncthreads();
-  const uint32_t own = count_before(count);
-  if (thread == 0) shared.equals = own;
+  count_bits<kInShared>(count);
   cluster.sync();
   uint32_t behind = 0;
 #pragma unroll 1
   for (unsigned other = 0; other < cluster.rank(); ++other) {
-    behind += *cluster.in_block(&shared.equals, other);
+    behind += *cluster.in_block(&shared.far_count, other);
   }
   // One thread finds the cluster, and tells all blocks.
 #pragma unroll 1
   for (int w = thread; w < count; w += kThreads) {
-    uint32_t bits = words()[w];
-    const uint32_t low = behind + words_before()[w];
+    uint32_t bits = words()[w].far;
+    const uint32_t low = behind + words()[w].far_before;
     if (rank < low || rank - low >= static_cast<uint32_t>(__popc(bits))) continue;
     for (uint32_t skip = rank - low; skip > 0; --skip) bits &= bits - 1;
     const int id = shared.first + w * 32 + __ffs(static_cast<int>(bits)) - 1;
@@ -375,164 +395,183 @@ __device__ __noinline__ void find_ranges() {
   }
 }
 
-// Retrieved clusters in any order, to entries or `order`; estimated ones as bits; those in between to
-// candidates. Lists are those of the first block.
+// The thresholds that lie in ranges of few clusters: those are put in order.
 template <bool kInShared>
-__device__ __noinline__ void part_clusters(uint64_t* order) {
-  State& shared = state();
-  const Cluster cluster(shared.blocks);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  const int count = shared.count, first = shared.first;
-  // Keys below `low` belong; of the others those up to `width` above it are candidates. A threshold that is
-  // known has none: its clusters of equal keys, `equal`, belong up to `last_id`.
-  uint32_t low[2], width[2], last_id[2];
-  bool listed[2];
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    listed[n] = shared.listed(n);
-    const Range range = shared.ranges[n];
-    low[n] = listed[n] ? range.low : static_cast<uint32_t>(shared.thresholds[n] >> 32);
-    width[n] = listed[n] ? range.high - range.low : 0;
-    last_id[n] = static_cast<uint32_t>(shared.thresholds[n]);
-  }
-  const auto list = [&](uint64_t own, int n) {
-    const uint32_t at = atomicAdd(cluster.in_block(&shared.candidate_counts[n], 0), 1u);
-    *cluster.in_block(&shared.candidates[n][at], 0) = own;
-  };
-#pragma unroll 2
-  for (int i = thread; i - lane < count; i += kThreads) {
-    const bool inside = i < count;
-    const uint32_t key = inside ? keys<kInShared>()[i] : ~0u;
-    const uint32_t id = static_cast<uint32_t>(first + i);
-    bool is_near = key < low[0], is_far = key < low[1];
-    if (inside && (key - low[0] <= width[0] || key - low[1] <= width[1])) {
-      const bool at_near = key - low[0] <= width[0], at_far = key - low[1] <= width[1];
-      if (at_near && listed[0]) list(pair_of(id, key), 0);
-      if (at_far && listed[1]) list(pair_of(id, key), 1);
-      if (at_near && !listed[0]) is_near = id <= last_id[0];
-      if (at_far && !listed[1]) is_far = id <= last_id[1];
-      // Those that may yet be retrieved are decided on later.
-      if (at_near && listed[0]) is_far = false;
-    }
-    const uint32_t far_bits = __ballot_sync(kAllLanes, inside && is_far && !is_near);
-    if (lane == 0) words()[i / 32] = far_bits;
-    if (!inside || !is_near) continue;
-    const uint32_t at = atomicAdd(cluster.in_block(&shared.entry_count, 0), 1u);
-    if (shared.counted()) *cluster.in_block(&shared.entries[at], 0) = pair_of(id, key);
-    else __stcg(order + at, pair_of(id, key));
-  }
-  if (!shared.counted()) __threadfence();
-  cluster.sync();
-}
-
-// Puts the candidates in order: some are retrieved, some estimated.
-__device__ __noinline__ void part_candidates(uint64_t* order) {
+__device__ __noinline__ void find_thresholds() {
   State& shared = state();
   const Cluster cluster(shared.blocks);
   const int thread = static_cast<int>(threadIdx.x);
+  {
+    const int count = shared.count, first = shared.first;
+    const uint32_t* own_keys = keys<kInShared>();
+    // A range that is not listed holds no key.
+    uint32_t low[2], width[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const bool listed = shared.listed(n);
+      low[n] = listed ? shared.ranges[n].low : ~0u;
+      width[n] = listed ? shared.ranges[n].high - low[n] : 0;
+    }
+#pragma unroll 1
+    for (int start = thread; start < count; start += kTogether * kThreads) {
+      uint32_t some[kTogether];
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        const int i = start + k * kThreads;
+        some[k] = i < count ? own_keys[i] : kLastKey;
+      }
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        const int i = start + k * kThreads;
+        if (some[k] - low[0] > width[0] && some[k] - low[1] > width[1]) continue;
+        if (i >= count) continue;
+#pragma unroll 1
+        for (int n = 0; n < 2; ++n) {
+          if (some[k] - (n == 0 ? low[0] : low[1]) > (n == 0 ? width[0] : width[1])) continue;
+          const uint32_t at = atomicAdd(cluster.in_block(&shared.candidate_counts[n], 0), 1u);
+          *cluster.in_block(&shared.candidates[n][at], 0) =
+              pair_of(static_cast<uint32_t>(first + i), some[k]);
+        }
+      }
+    }
+  }
+  cluster.sync();
   const int n = thread / static_cast<int>(kCandidates);
   const uint32_t c = static_cast<uint32_t>(thread) % kCandidates;
   const uint32_t candidates = shared.listed(n) ? shared.ranges[n].count : 0;
-  const uint32_t entries = *cluster.in_block(&shared.entry_count, 0);
   if (cluster.rank() != 0) {
     if (c < candidates) shared.candidates[n][c] = *cluster.in_block(&shared.candidates[n][c], 0);
-    if (shared.counted()) {
-#pragma unroll 1
-      for (uint32_t i = thread; i < entries; i += kThreads) {
-        shared.entries[i] = *cluster.in_block(&shared.entries[i], 0);
-      }
-    }
     __syncthreads();
   }
   if (c < candidates) {
     const uint64_t own = shared.candidates[n][c];
-    const uint32_t key = static_cast<uint32_t>(own >> 32);
     uint32_t smaller = 0;
 #pragma unroll 4
     for (uint32_t i = 0; i < candidates; ++i) smaller += shared.candidates[n][i] < own;
-    bool is_far = false;
-    if (n == 0 && smaller <= shared.ranges[0].rank) {
-      if (shared.counted()) shared.entries[entries + smaller] = own;
-      else if (cluster.rank() == 0) __stcg(order + entries + smaller, own);
-    } else if (n == 0) {
-      // Those that are candidates to be estimated are decided on there.
-      is_far = shared.listed(1) ? key < shared.ranges[1].low : own <= shared.thresholds[1];
-    } else {
-      is_far = smaller <= shared.ranges[1].rank;
-      // In one bin with the last retrieved cluster, only what lies behind that.
-      if (is_far && shared.listed(0) && shared.ranges[0].holds(key)) {
-        is_far = smaller > shared.ranges[0].rank;
-      }
-    }
-    const uint32_t at = static_cast<uint32_t>(own) - static_cast<uint32_t>(shared.first);
-    if (is_far && at < static_cast<uint32_t>(shared.count)) {
-      atomicOr(&words()[at / 32], 1u << at % 32);
-    }
+    if (smaller == shared.ranges[n].rank) shared.thresholds[n] = own;
   }
-  if (!shared.counted()) __threadfence();
-  __syncthreads();
+  cluster.sync();  // the counts make room for the chosen clusters
 }
 
-// Ids of the estimated clusters in their order; meanwhile the places of the retrieved ones.
-__device__ __noinline__ void write_estimated(
-    const int32_t* all_offsets, int64_t store_capacity, int32_t* estimated_ids) {
+// Ids of the estimated clusters in their order; the retrieved ones by id, to all blocks or to `order`.
+template <bool kInShared>
+__device__ __noinline__ void part_clusters(
+    const int32_t* all_offsets, int64_t store_capacity, int32_t* estimated_ids, uint64_t* order) {
   State& shared = state();
   const Cluster cluster(shared.blocks);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int count = (shared.count + 31) / 32, retrieved = shared.retrieved;
-  int32_t slot = 0, tokens = 0;
-  if (shared.counted() && thread < retrieved) {
-    slot = slot_of(
-        all_offsets + static_cast<uint32_t>(shared.entries[thread]), store_capacity, tokens);
-  }
-  const uint32_t own_estimated = count_before(count);
-  if (thread == 0) shared.estimated_count = own_estimated;
-  if (shared.counted()) {
-    if (thread < retrieved) {
-      shared.of_entries.tokens[thread] = tokens;
-      shared.of_entries.slots[thread] = slot;
-    }
+  const int count = shared.count, first = shared.first, retrieved = shared.retrieved;
+  const uint32_t* own_keys = keys<kInShared>();
+  {
+    const uint64_t near = shared.thresholds[0], far = shared.thresholds[1];
 #pragma unroll 1
-    for (int i = thread + kThreads; i < retrieved; i += kThreads) {
-      shared.of_entries.slots[i] =
-          slot_of(all_offsets + static_cast<uint32_t>(shared.entries[i]), store_capacity, tokens);
-      shared.of_entries.tokens[i] = tokens;
+    for (int start = thread; start - lane < count; start += kTogether * kThreads) {
+      uint32_t some[kTogether];
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        const int i = start + k * kThreads;
+        some[k] = i < count ? own_keys[i] : 0;
+      }
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        const int i = start + k * kThreads;
+        if (i - lane >= count) continue;  // alike in a warp
+        const uint64_t own = pair_of(static_cast<uint32_t>(first + i), some[k]);
+        const uint32_t near_bits = __ballot_sync(kAllLanes, i < count && own <= near);
+        const uint32_t far_bits = __ballot_sync(kAllLanes, i < count && own <= far);
+        if (lane == 0) words()[i / 32] = {near_bits, far_bits & ~near_bits, 0, 0};
+      }
     }
   }
+  __syncthreads();
+  const int word_count = (count + 31) / 32;
+  count_bits<kInShared>(word_count);
   cluster.sync();
+  uint32_t near_behind = 0;
 #pragma unroll 1
   for (unsigned other = 0; other < cluster.rank(); ++other) {
-    estimated_ids += *cluster.in_block(&shared.estimated_count, other);
+    near_behind += *cluster.in_block(&shared.near_count, other);
+    estimated_ids += *cluster.in_block(&shared.far_count, other);
   }
+  // Lists are read four at a time, to their end and beyond.
+  if (thread < kLanesPerRank * 4 && retrieved + thread < static_cast<int>(kCountedRanks)) {
+    shared.chosen.keys[retrieved + thread] = ~0u;
+  }
+  const uint32_t lower_lanes = (1u << lane) - 1;
 #pragma unroll 2
-  for (int w = warp; w < count; w += kWarps) {
-    const uint32_t bits = words()[w];
-    if (bits >> lane & 1) {
-      estimated_ids[words_before()[w] + __popc(bits & ((1u << lane) - 1))] =
-          shared.first + w * 32 + lane;
+  for (int w = warp; w < word_count; w += kWarps) {
+    const Words own = words()[w];
+    if (!(own.near >> lane & 1)) continue;
+    const int id = first + w * 32 + lane;
+    const uint32_t at = near_behind + own.near_before + __popc(own.near & lower_lanes);
+    const uint32_t key = own_keys[w * 32 + lane];
+    if (!shared.counted()) {
+      __stcg(order + at, pair_of(static_cast<uint32_t>(id), key));
+      continue;
+    }
+#pragma unroll 1
+    for (unsigned other = 0; other < static_cast<unsigned>(shared.blocks); ++other) {
+      *cluster.in_block(&shared.chosen.keys[at], other) = key;
+      *cluster.in_block(&shared.chosen.ids[at], other) = id;
     }
   }
+  if (!shared.counted()) __threadfence();
+  cluster.sync();
+  // Where a thread's chosen cluster lies is asked for before, and used after, estimated ids are written.
+  int32_t slot = 0, tokens = 0;
+  const bool places = shared.counted() && thread < retrieved;
+  if (places) slot = slot_of(all_offsets + shared.chosen.ids[thread], store_capacity, tokens);
+#pragma unroll 2
+  for (int w = warp; w < word_count; w += kWarps) {
+    const Words own = words()[w];
+    if (own.far >> lane & 1) {
+      estimated_ids[own.far_before + __popc(own.far & lower_lanes)] = first + w * 32 + lane;
+    }
+  }
+  if (!shared.counted()) return;
+  if (places) {
+    shared.chosen.tokens[thread] = tokens;
+    shared.chosen.slots[thread] = slot;
+  }
+#pragma unroll 1
+  for (int i = thread + kThreads; i < retrieved; i += kThreads) {
+    shared.chosen.slots[i] = slot_of(all_offsets + shared.chosen.ids[i], store_capacity, tokens);
+    shared.chosen.tokens[i] = tokens;
+  }
+  __syncthreads();
 }
 
-// Puts entries in order and writes ids, `before` and `shift`, where they are wanted; returns all tokens.
-__device__ __noinline__ int32_t rank_entries(int32_t* ids, int32_t* before, int32_t* shift) {
+// Puts the chosen clusters in order and writes ids, `before` and `shift`, where they are wanted; returns
+// all tokens.
+__device__ __noinline__ int32_t rank_chosen(int32_t* ids, int32_t* before, int32_t* shift) {
   State& shared = state();
   const Cluster cluster(shared.blocks);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int retrieved = shared.retrieved, all_threads = shared.blocks * kThreads;
   const int part = thread % kLanesPerRank;
   const int own_thread = static_cast<int>(cluster.rank()) * kThreads + thread;
+  const uint4* all_keys = reinterpret_cast<const uint4*>(shared.chosen.keys);
+  const int4* all_tokens = reinterpret_cast<const int4*>(shared.chosen.tokens);
 #pragma unroll 1
   for (int item = own_thread / kLanesPerRank;; item += all_threads / kLanesPerRank) {
     if (item - lane / kLanesPerRank >= retrieved) break;  // alike in a warp
-    const uint64_t own = item < retrieved ? shared.entries[item] : 0;
+    const uint32_t own = item < retrieved ? shared.chosen.keys[item] : 0;
     uint32_t smaller = 0;
     int32_t behind = 0;
-#pragma unroll 4
-    for (int i = part; i < retrieved; i += kLanesPerRank) {
-      const bool is_before = shared.entries[i] < own;
+    // Of equal keys, those of lower ids come first.
+    const auto add = [&](uint32_t key, int32_t tokens, int i) {
+      const bool is_before = key < own + (i < item);
       smaller += is_before;
-      behind += is_before ? shared.of_entries.tokens[i] : 0;
+      behind += is_before ? tokens : 0;
+    };
+#pragma unroll 2
+    for (int i = part; i < (retrieved + 3) / 4; i += kLanesPerRank) {
+      const uint4 four = all_keys[i];
+      const int4 tokens = all_tokens[i];
+      add(four.x, tokens.x, 4 * i);
+      add(four.y, tokens.y, 4 * i + 1);
+      add(four.z, tokens.z, 4 * i + 2);
+      add(four.w, tokens.w, 4 * i + 3);
     }
 #pragma unroll
     for (int step = 1; step < kLanesPerRank; step *= 2) {
@@ -540,19 +579,20 @@ __device__ __noinline__ int32_t rank_entries(int32_t* ids, int32_t* before, int3
       behind += __shfl_xor_sync(kAllLanes, behind, step);
     }
     if (part != 0 || item >= retrieved) continue;
-    if (ids != nullptr) ids[smaller] = static_cast<int32_t>(own & 0xffffffffu);
+    if (ids != nullptr) ids[smaller] = shared.chosen.ids[item];
     if (before == nullptr) continue;
-    const int32_t through = behind + shared.of_entries.tokens[item];
+    const int32_t through = behind + shared.chosen.tokens[item];
     before[smaller + 1] = through;
-    shift[smaller] = shared.of_entries.slots[item] - behind;
-    if (static_cast<int>(smaller) == retrieved - 1)
+    shift[smaller] = shared.chosen.slots[item] - behind;
+    if (static_cast<int>(smaller) == retrieved - 1) {
       *cluster.in_block(&shared.all_tokens, 0) = through;
+    }
   }
   cluster.sync();
   return retrieved > 0 ? shared.all_tokens : 0;
 }
 
-// The same for entries in `order`, which are too many to be counted.
+// The same for clusters in `order`, which are too many to be counted.
 __device__ __noinline__ int32_t rank_order(
     uint64_t* order,
     const int32_t* all_offsets,
@@ -608,9 +648,9 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t* all_offsets = params.offsets + task * (params.clusters + 1);
   {
     const int block = static_cast<int>(blockIdx.x) - task * blocks, first = block * block_keys;
-    // Behind the words and the keys: log2 of the sum of all masses, [G].
+    // Behind words and keys: log2 of the sum of all masses, [G].
     float* norms =
-        reinterpret_cast<float*>(words() + block_keys / 16 + (kInShared ? block_keys : 0));
+        reinterpret_cast<float*>(words() + block_keys / 32) + (kInShared ? block_keys : 0);
 #pragma unroll 1
     for (int i = thread; i < kBins / 4; i += kThreads) {
       reinterpret_cast<uint4*>(shared.counts[0])[i] = make_uint4(0, 0, 0, 0);
@@ -678,7 +718,6 @@ __global__ void __launch_bounds__(kThreads)
       shared.ranges[other] = {0, kLastKey, static_cast<uint32_t>(wanted) - 1, 0};
       shared.candidate_counts[other] = 0;
       if (other == 0) {
-        shared.entry_count = 0;
         shared.retrieved = retrieved;
         shared.blocks = blocks;
         shared.first = first;
@@ -719,20 +758,20 @@ __global__ void __launch_bounds__(kThreads)
   if (shared.open[0] || shared.open[1]) {
     find_bins(0, shared.open[0] ? 0 : 1, shared.open[1] ? 1 : 0, true);
     find_ranges<kInShared>();
+    find_thresholds<kInShared>();
   } else {
     Cluster(blocks).sync();
   }
   uint64_t* order = params.order + task * params.order_capacity;
-  part_clusters<kInShared>(order);
-  part_candidates(order);
-  write_estimated(all_offsets, choice.store_capacity, choice.estimated + task * params.clusters);
+  part_clusters<kInShared>(
+      all_offsets, choice.store_capacity, choice.estimated + task * params.clusters, order);
   int32_t* ids =
       choice.retrieved == nullptr ? nullptr : choice.retrieved + task * params.max_retrieved;
   int32_t* before =
       choice.before == nullptr ? nullptr : choice.before + task * (params.max_retrieved + 1);
   int32_t* shift = choice.before == nullptr ? nullptr : choice.shift + task * params.max_retrieved;
   const int32_t tokens = shared.counted()
-      ? rank_entries(ids, before, shift)
+      ? rank_chosen(ids, before, shift)
       : rank_order(order, all_offsets, choice.store_capacity, ids, before, shift);
   const int block = static_cast<int>(blockIdx.x) - task * blocks;
   if (block != 0) return;
@@ -761,7 +800,7 @@ Plan plan_select(const Launcher& launch, const SelectParams& params) {
     plan.blocks = blocks;
     plan.block_keys = ceil_div(std::max<int64_t>(params.clusters, 1), blocks * 32) * 32;
     plan.shared_bytes = static_cast<int64_t>(sizeof(State)) + ceil_div(params.groups, 4) * 16 +
-        2 * (plan.block_keys / 32) * 4;
+        (plan.block_keys / 32) * static_cast<int64_t>(sizeof(Words));
     const int64_t key_bytes = plan.block_keys * 4;
     plan.in_shared = plan.shared_bytes + key_bytes <= launch.shared_bytes();
     if (plan.in_shared) plan.shared_bytes += key_bytes;
