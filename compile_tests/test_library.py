@@ -22,6 +22,8 @@ OPS = (
     "grow_index",
     "merged_attention",
     "pack_clusters",
+    "page_gather",
+    "update_pages",
     "wave_estimate",
 )
 # What the fakes of those that return something must return for `example_arguments`.
@@ -30,6 +32,7 @@ RESULTS = {
     "cluster_keys": [([2, 3, 5], "torch.int32")],
     "decode_attention": [([2, 6, 64], "torch.float32")],
     "merged_attention": [([2, 6, 64], "torch.float32"), ([2, 6], "torch.float32")],
+    "page_gather": [([2, 3, 8, 3], "torch.int64")],
     "no_backward": [([2, 3, 5, 64], "torch.float32")],
     "wave_estimate": [
         ([2, 3, 8], "torch.int32"),

@@ -212,13 +212,13 @@ def refusable(device: str) -> Arguments:
         ),
         (
             {"counters": torch.zeros(6, dtype=torch.int64)},
-            "counters must be [B, columns] = [2, 8], got [6]",
+            "counters must be [B, columns] = [2, 14], got [6]",
         ),
         (
-            {"counters": torch.zeros(2, 8, dtype=torch.uint8)},
+            {"counters": torch.zeros(2, 14, dtype=torch.uint8)},
             "counters must be torch.int64, got torch.uint8",
         ),
-        ({"counters": torch.zeros(8, 2, dtype=torch.int64).T}, "counters must be contiguous"),
+        ({"counters": torch.zeros(14, 2, dtype=torch.int64).T}, "counters must be contiguous"),
         (
             {"estimate": torch.zeros(2, 2, 64)},
             "estimate must be [B, Hq, D] = [2, 4, 64], got [2, 2, 64]",
