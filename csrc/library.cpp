@@ -50,6 +50,14 @@ STABLE_TORCH_LIBRARY(retro, m) {
       "float retrieval_budget, int min_retrieved_clusters, float estimation_budget, str estimator, "
       "float scale) -> Tensor");
 
+  // update_pages by a thread of the worker pool: posts it and returns, as the CUDA op will. What was posted
+  // for the same tensors and has not begun runs once.
+  m.def(
+      "post_update_pages(Tensor requests, Tensor cached, Tensor(a!) history, Tensor(b!) decisions, "
+      "str policy) -> ()");
+  // Waits until the worker pool has nothing to do, at most so long; 'threads 2, pending 0, failures 0'.
+  m.def("worker_pool(float seconds) -> str");
+
   // What the backward pass of every op calls, for each argument; it raises.
   m.def("no_backward(Tensor grad, Tensor argument, str op) -> Tensor");
 

@@ -26,7 +26,7 @@ inline Call<UpdatePagesParams> update_pages_call(
   check_contiguous(kOp, "cached", cached);
   const int64_t clusters = cached.size(2);
   check_shape(kOp, "history", history, "B, Hkv, C + 1, 2", {batch, heads, clusters + 1, 2});
-  check_dtype(kOp, "history", history, ScalarType::Double);
+  check_dtype(kOp, "history", history, ScalarType::Long);
   check_contiguous(kOp, "history", history);
   check_shape(kOp, "decisions", decisions, "B, Hkv, 2 + P", {batch, heads, kAny});
   check_dtype(kOp, "decisions", decisions, ScalarType::Int);
@@ -49,7 +49,7 @@ inline Call<UpdatePagesParams> update_pages_call(
   params.pages = decisions.size(2) - kDecisionHeader;
   params.requests = static_cast<const int32_t*>(requests.data_ptr());
   params.cached = static_cast<const uint8_t*>(cached.data_ptr());
-  params.history = static_cast<double*>(history.data_ptr());
+  params.history = static_cast<int64_t*>(history.data_ptr());
   params.decisions = static_cast<int32_t*>(decisions.data_ptr());
   for (const Tensor& tensor : {requests, cached, history, decisions}) call.hold(tensor);
   return call;

@@ -1,8 +1,8 @@
-// The replacement policy of one (row, head), on plain memory: update_pages runs it on CPU tensors, a worker
-// thread on memory that the host and a GPU share.
+// The replacement policy of one (row, KV head), on plain memory: update_pages runs it on CPU tensors, a worker
+// thread on memory that the host and a GPU share. Integers only, so that it is the same everywhere.
 //
 // It may run late, twice or not at all: what it decides is a list of clusters that may go, in order, of
-// which page_gather takes as many as it needs.
+// which page_gather takes as many as it needs and can take.
 #pragma once
 
 #include <algorithm>
@@ -15,43 +15,110 @@
 
 namespace retro {
 
-enum class Policy { lru };
+enum class Policy { lru, lru2, lfu };
 
 inline bool find_policy(const std::string& name, Policy& policy) {
   if (name == "lru") policy = Policy::lru;
+  else if (name == "lru2") policy = Policy::lru2;
+  else if (name == "lfu") policy = Policy::lfu;
   else return false;
   return true;
 }
 
-inline const char* policy_names() { return "'lru'"; }
+inline const char* policy_names() { return "'lru', 'lru2', 'lfu'"; }
 
 struct UpdatePagesParams {
   Policy policy;
   int64_t tasks, retrieved_clusters, clusters, pages;  // B * Hkv, R, C, P
   const int32_t* requests;                             // [tasks, kRequestHeader + R]
   const uint8_t* cached;                               // [tasks, C]
-  double* history;                                     // [tasks, C + 1, 2]
-  int32_t* decisions;                                  // [tasks, kDecisionHeader + P]
+  // [tasks, C + 1, 2]: of each cluster the stamp of its last use and what the policy adds to that; in the last
+  // row the number of the last gather seen, and the most pages missed lately
+  int64_t* history;
+  int32_t* decisions;  // [tasks, kDecisionHeader + P]
 };
 
+// A stamp orders uses by step and, within one, by rank: of two clusters of a step the better one stays.
+inline constexpr int64_t kStampRanks = 4096;
+
+inline int64_t stamp_of(int64_t step, int64_t rank) {
+  return step * kStampRanks + (kStampRanks - 1 - std::min(rank, kStampRanks - 1));
+}
+
+// LFU counts uses in these; the count halves every kAgingSteps.
+inline constexpr int64_t kUse = 256;
+inline constexpr int64_t kAgingSteps = 64;
+
+inline int64_t aged(int64_t uses, int64_t stamp, int64_t step) {
+  const int64_t halvings = step / kAgingSteps - stamp / kStampRanks / kAgingSteps;
+  return halvings < 0 ? uses : uses >> std::min<int64_t>(halvings, 62);
+}
+
+// The list goes on until free pages and those of its clusters are as many as the step with the most missed
+// pages lately, times this. A list too long costs only the time to make it.
+inline constexpr int64_t kReserve = 2;
+// The most pages missed lately shrink by one part in so many at each step.
+inline constexpr int64_t kMissMemory = 8;
+
 struct Candidate {
-  double key;
+  int64_t major, minor;  // the least goes first
   int32_t cluster;
   int32_t pages;
 
   bool operator<(const Candidate& other) const {
-    return key < other.key || (key == other.key && cluster < other.cluster);
+    if (major != other.major) return major < other.major;
+    if (minor != other.minor) return minor < other.minor;
+    return cluster < other.cluster;
   }
 };
 
-// The clusters that are in, with their pages.
-inline void find_cached(const uint8_t* cached, int64_t clusters, std::vector<Candidate>& found) {
-  found.clear();
-  int64_t c = 0;
+inline void note_use(Policy policy, int64_t* history, int64_t step, int64_t rank) {
+  switch (policy) {
+    case Policy::lru: break;
+    case Policy::lru2: history[1] = history[0]; break;
+    case Policy::lfu: history[1] = aged(history[1], history[0], step) + kUse; break;
+  }
+  history[0] = stamp_of(step, rank);
+}
+
+inline Candidate make_candidate(
+    Policy policy, const int64_t* history, int64_t step, int64_t cluster, int64_t pages) {
+  const int32_t name = static_cast<int32_t>(cluster), count = static_cast<int32_t>(pages);
+  switch (policy) {
+    case Policy::lru: return {0, history[0], name, count};
+    case Policy::lru2: return {history[1], history[0], name, count};
+    default: return {aged(history[1], history[0], step), history[0], name, count};
+  }
+}
+
+inline void update_pages_head(const UpdatePagesParams& params, int64_t task) {
+  const int64_t clusters = params.clusters, ranks = params.retrieved_clusters;
+  const int32_t* requests = params.requests + task * (kRequestHeader + ranks);
+  const uint8_t* cached = params.cached + task * clusters;
+  int64_t* history = params.history + task * (clusters + 1) * 2;
+  int64_t* seen = history + clusters * 2;
+  int32_t* decisions = params.decisions + task * (kDecisionHeader + params.pages);
+  const int64_t step = published(requests[kRequestStep]);
+  if (step <= 0 || step == seen[0]) return;  // nothing new
+  seen[0] = step;
+  for (int64_t r = 0; r < ranks; ++r) {
+    const int64_t cluster = shared(requests[kRequestHeader + r]);
+    if (cluster < 0 || cluster >= clusters) continue;
+    note_use(params.policy, history + 2 * cluster, step, r);
+  }
+  const int64_t missed = shared(requests[kRequestMissed]);
+  seen[1] = std::max(missed, seen[1] - (seen[1] + kMissMemory - 1) / kMissMemory);
+  int64_t wanted = kReserve * seen[1] - shared(requests[kRequestFree]);  // pages to list
+
+  static thread_local std::vector<Candidate> candidates;
+  candidates.clear();
   const auto look = [&](int64_t cluster) {
-    const uint8_t pages = shared(cached[cluster]);
-    if (pages > 0) found.push_back({0.0, static_cast<int32_t>(cluster), pages});
+    const int64_t pages = shared(cached[cluster]);
+    if (pages == 0) return;
+    candidates.push_back(
+        make_candidate(params.policy, history + 2 * cluster, step, cluster, pages));
   };
+  int64_t c = 0;
   for (; c + 8 <= clusters; c += 8) {  // most are not in
     uint64_t eight;
     std::memcpy(&eight, cached + c, sizeof eight);
@@ -59,33 +126,18 @@ inline void find_cached(const uint8_t* cached, int64_t clusters, std::vector<Can
     for (int64_t i = c; i < c + 8; ++i) look(i);
   }
   for (; c < clusters; ++c) look(c);
-}
 
-inline void update_pages_head(const UpdatePagesParams& params, int64_t task) {
-  const int64_t clusters = params.clusters, ranks = params.retrieved_clusters;
-  const int32_t* requests = params.requests + task * (kRequestHeader + ranks);
-  double* history = params.history + task * (clusters + 1) * 2;
-  double* summary = history + clusters * 2;
-  int32_t* decisions = params.decisions + task * (kDecisionHeader + params.pages);
-  const int32_t step = published(requests[kRequestStep]);
-  if (step <= 0 || step == static_cast<int32_t>(summary[0])) return;  // nothing new
-  for (int64_t r = 0; r < ranks; ++r) {
-    const int32_t cluster = shared(requests[kRequestHeader + r]);
-    if (cluster < 0 || cluster >= clusters) continue;
-    history[2 * cluster] = step - static_cast<double>(r) / static_cast<double>(ranks);
-  }
-  summary[0] = step;
-
-  static thread_local std::vector<Candidate> candidates;
-  find_cached(params.cached + task * clusters, clusters, candidates);
-  for (Candidate& candidate : candidates) candidate.key = history[2 * candidate.cluster];
-  std::sort(candidates.begin(), candidates.end());
-  const int64_t count = std::min<int64_t>(static_cast<int64_t>(candidates.size()), params.pages);
-  for (int64_t i = 0; i < count; ++i) {
-    set_shared(decisions[kDecisionHeader + i], candidates[i].cluster);
+  // Each has a page at least, so no more of them are listed than pages are wanted.
+  const int64_t most = std::clamp<int64_t>(
+      wanted, 0, std::min<int64_t>(static_cast<int64_t>(candidates.size()), params.pages));
+  std::partial_sort(candidates.begin(), candidates.begin() + most, candidates.end());
+  int64_t count = 0;
+  for (; count < most && wanted > 0; ++count) {
+    set_shared(decisions[kDecisionHeader + count], candidates[count].cluster);
+    wanted -= candidates[count].pages;
   }
   set_shared(decisions[kDecisionCount], static_cast<int32_t>(count));
-  publish(decisions[kDecisionStep], step);
+  publish(decisions[kDecisionStep], static_cast<int32_t>(step));
 }
 
 }  // namespace retro

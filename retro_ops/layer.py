@@ -52,7 +52,7 @@ class RetroLayer(nn.Module):
     decisions: Tensor  # [B, Hkv, 2 + P] int32
     requests: Tensor  # [B, Hkv, 3 + R] int32
     cached: Tensor  # [B, Hkv, C] uint8
-    history: Tensor  # [B, Hkv, C + 1, 2] float64
+    history: Tensor  # [B, Hkv, C + 1, 2] int64
 
     def __init__(
         self,

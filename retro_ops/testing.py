@@ -348,7 +348,7 @@ def example_arguments(op: str, device: torch.device | str = "cpu") -> Arguments:
         "decisions": ((*groups, len(DecisionHeader) + pages), torch.int32),
         "requests": ((*groups, len(RequestHeader) + retrieved), torch.int32),
         "cached": ((*groups, clusters), torch.uint8),
-        "history": ((*groups, clusters + 1, 2), torch.float64),
+        "history": ((*groups, clusters + 1, 2), torch.int64),
         "estimate": ((rows, query_heads, head_dim), torch.float32),
         "estimate_lse": ((rows, query_heads), torch.float32),
         "grad": ((rows, query_heads, head_dim), torch.float32),
@@ -372,6 +372,7 @@ def example_arguments(op: str, device: torch.device | str = "cpu") -> Arguments:
         "policy": "lru",
         "op": "wave_estimate",
         "select": "",
+        "seconds": 0.0,
     }
     arguments: Arguments = {}
     for argument in getattr(torch.ops.retro, op).default._schema.arguments:

@@ -51,7 +51,7 @@ def shapes(
         "decisions": ((*groups, len(DecisionHeader) + count), torch.int32),
         "requests": ((*groups, len(RequestHeader) + max_retrieved), torch.int32),
         "cached": ((*groups, clusters), torch.uint8),
-        "history": ((*groups, clusters + 1, 2), torch.float64),
+        "history": ((*groups, clusters + 1, 2), torch.int64),
     }
 
 
