@@ -96,7 +96,8 @@ def reference(
                 return major, stamp, cluster
 
             held = cached[row, head].tolist()
-            wanted, listed = RESERVE * most - free, []
+            listed: list[int] = []
+            wanted = RESERVE * most - free
             for cluster in sorted(filter(held.__getitem__, range(clusters)), key=key):
                 if wanted <= 0 or len(listed) == limit:
                     break
