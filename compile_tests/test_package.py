@@ -25,7 +25,16 @@ ROOMS = {
     "models": "retro_ops/models",
     "benchmarks": "retro_ops/benchmarks",
 }
-OPTIONAL = {"accelerate", "flash_attn", "gguf", "hypothesis", "rich", "transformers", "triton"}
+OPTIONAL = {
+    "accelerate",
+    "flash_attn",
+    "gguf",
+    "hypothesis",
+    "matplotlib",
+    "rich",
+    "transformers",
+    "triton",
+}
 
 
 def run_python(code: str, *arguments: object, cwd: Path, path: Path | None = None) -> str:
@@ -104,7 +113,13 @@ def test_hard_dependencies_are_torch_and_numpy(metadata: Message) -> None:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     }
     assert hard == {"torch", "numpy"}
-    assert set(metadata.get_all("Provides-Extra", [])) == {"models", "triton", "flash", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "models",
+        "triton",
+        "flash",
+        "plot",
+        "dev",
+    }
 
 
 USE_INSTALLED = """

@@ -195,7 +195,7 @@ class Cache:
 
 
 def test_lru_lists_the_longest_unused_first_and_of_a_step_the_lowest_rank() -> None:
-    cache = Cache("lru", 5)
+    cache = Cache("lru", 5, missed=1)
     cache.use(4, 2, 0)
     assert cache.use(3) == [1, 0, 2, 4]
     assert cache.use(1, 0) == [2, 4, 3, 0]
@@ -220,12 +220,12 @@ def test_lfu_lists_the_least_used_first_and_forgets() -> None:
     assert cache.use(2, step=20 * AGING_STEPS)[-1] == 2
 
 
-def test_the_list_covers_twice_the_worst_step_lately() -> None:
+def test_the_list_covers_four_times_the_worst_step_lately() -> None:
     cache = Cache("lru", 100, missed=16)
-    assert len(cache.use(0)) == 32
+    assert len(cache.use(0)) == 64
     cache.missed = 0
     lengths = [len(cache.use(0)) for _ in range(12)]
-    assert lengths == [28, 24, 20, 16, 14, 12, 10, 8, 6, 4, 2, 0]
+    assert lengths == [56, 48, 40, 32, 28, 24, 20, 16, 12, 8, 4, 0]
     cache.missed = 1000
     assert len(cache.use(0)) == 100
 

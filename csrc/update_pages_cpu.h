@@ -55,8 +55,9 @@ inline int64_t aged(int64_t uses, int64_t stamp, int64_t step) {
 }
 
 // The list goes on until free pages and those of its clusters are as many as the step with the most missed
-// pages lately, times this. A list too long costs only the time to make it.
-inline constexpr int64_t kReserve = 2;
+// pages lately, times this: some of them the next step retrieves itself, and one decision may have to do for
+// two steps. A longer list gains no hits; it costs only the time to make it.
+inline constexpr int64_t kReserve = 4;
 // The most pages missed lately shrink by one part in so many at each step.
 inline constexpr int64_t kMissMemory = 8;
 
@@ -130,7 +131,9 @@ inline void update_pages_head(const UpdatePagesParams& params, int64_t task) {
   // Each has a page at least, so no more of them are listed than pages are wanted.
   const int64_t most = std::clamp<int64_t>(
       wanted, 0, std::min<int64_t>(static_cast<int64_t>(candidates.size()), params.pages));
-  std::partial_sort(candidates.begin(), candidates.begin() + most, candidates.end());
+  const auto last = candidates.begin() + most;
+  if (last != candidates.end()) std::nth_element(candidates.begin(), last, candidates.end());
+  std::sort(candidates.begin(), last);
   int64_t count = 0;
   for (; count < most && wanted > 0; ++count) {
     set_shared(decisions[kDecisionHeader + count], candidates[count].cluster);

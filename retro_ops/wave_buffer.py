@@ -7,9 +7,11 @@ Each tensor has one writer: `page_gather` writes what it looks up and what it re
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from retro_ops.config import RetroConfig
 from retro_ops.ops._contract import DecisionHeader, FreeHeader, RequestHeader
@@ -57,11 +59,16 @@ def shapes(
 
 def clear(layer: RetroLayer) -> None:
     """Empties the page cache and forgets what was retrieved when."""
-    layer.page_table.fill_(-1)
-    for buffer in (layer.decisions, layer.requests, layer.cached, layer.history):
-        buffer.zero_()
-    count = layer.free_pages.shape[2] - len(FreeHeader)
-    layer.free_pages[:, :, FreeHeader.STEP] = 0
-    layer.free_pages[:, :, FreeHeader.COUNT] = count
-    pages = torch.arange(count, dtype=torch.int32, device=layer.free_pages.device)
-    layer.free_pages[:, :, len(FreeHeader) :] = pages
+    clear_buffers({name: layer.get_buffer(name) for name in NAMES})
+
+
+def clear_buffers(buffers: Mapping[str, Tensor]) -> None:
+    """`clear`, of the buffers of `NAMES`."""
+    buffers["page_table"].fill_(-1)
+    for name in ("decisions", "requests", "cached", "history"):
+        buffers[name].zero_()
+    free = buffers["free_pages"]
+    count = free.shape[2] - len(FreeHeader)
+    free[:, :, FreeHeader.STEP] = 0
+    free[:, :, FreeHeader.COUNT] = count
+    free[:, :, len(FreeHeader) :] = torch.arange(count, dtype=torch.int32, device=free.device)

@@ -15,7 +15,7 @@ DEFAULT_POLICY = "lfu"
 STAMP_RANKS = 4096
 USE = 256
 AGING_STEPS = 64
-RESERVE = 2
+RESERVE = 4
 MISS_MEMORY = 8
 
 
@@ -32,7 +32,7 @@ def update_pages(
                   by uses ("lfu"); the earlier stamp, then the lower id go first among equals
         most    = max(pages missed, 7/8 most), the pages missed by the worst step lately
         list    = the shortest beginning of the cached clusters in this order that has, with the
-                  free pages, 2 most pages
+                  free pages, 4 most pages
 
     `page_gather` takes as many from the list as it needs. So a list too long costs only the time to
     make it, and one that comes late, twice or never costs hits, but changes no result.
