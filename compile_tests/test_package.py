@@ -339,7 +339,15 @@ def test_room_rules_allow(module: str, source: str, tmp_path: Path) -> None:
     assert complaint(module, name, on_import) is None
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/performance.md"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/performance.md",
+        "docs/wave_buffer.md",
+    ],
+)
 def test_document_names_files_that_exist(document: str) -> None:
     text = (ROOT / document).read_text("utf-8")
     rooms = "|".join((*ROOMS, "csrc", "compile_tests", r"\.ci"))

@@ -128,6 +128,23 @@ def test_a_decode_loop_compiles_into_one_graph(backend: str) -> None:
     assert layer.stats()["page_evictions"] > 500
 
 
+def test_prefill_compiles() -> None:
+    torch._dynamo.reset()
+    plain, layer = pair()
+    tokens, others = Tokens(plain, 300), Tokens(plain, 300, seed=5)
+
+    def prefill(layer: RetroLayer, keys: Tensor, values: Tensor) -> None:
+        layer.prefill(keys, values)
+
+    compiled = torch.compile(prefill, fullgraph=True, backend="aot_eager")
+    layer.prefill(*others.prompt(200))
+    run(layer, others, 200, 250)
+    compiled(layer, *tokens.prompt(150))
+    plain.prefill(*tokens.prompt(150))
+    assert is_empty(layer)
+    assert_same(run(layer, tokens, 150, 300), run(plain, tokens, 150, 300))
+
+
 def test_export_keeps_the_ops_and_their_order() -> None:
     plain, layer = pair()
     tokens = Tokens(plain, 200)

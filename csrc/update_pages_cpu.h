@@ -82,13 +82,12 @@ inline void note_use(Policy policy, int64_t* history, int64_t step, int64_t rank
   history[0] = stamp_of(step, rank);
 }
 
-inline Candidate make_candidate(
-    Policy policy, const int64_t* history, int64_t step, int64_t cluster, int64_t pages) {
-  const int32_t name = static_cast<int32_t>(cluster), count = static_cast<int32_t>(pages);
+inline void set_key(Policy policy, const int64_t* history, int64_t step, Candidate& candidate) {
+  candidate.minor = history[0];
   switch (policy) {
-    case Policy::lru: return {0, history[0], name, count};
-    case Policy::lru2: return {history[1], history[0], name, count};
-    default: return {aged(history[1], history[0], step), history[0], name, count};
+    case Policy::lru: candidate.major = 0; break;
+    case Policy::lru2: candidate.major = history[1]; break;
+    case Policy::lfu: candidate.major = aged(history[1], history[0], step); break;
   }
 }
 
@@ -102,6 +101,11 @@ inline void update_pages_head(const UpdatePagesParams& params, int64_t task) {
   const int64_t step = published(requests[kRequestStep]);
   if (step <= 0 || step == seen[0]) return;  // nothing new
   seen[0] = step;
+  // History lies anywhere in memory: ask for all of it before any of it is used.
+  for (int64_t r = 0; r < ranks; ++r) {
+    const int64_t cluster = shared(requests[kRequestHeader + r]);
+    if (cluster >= 0 && cluster < clusters) __builtin_prefetch(history + 2 * cluster, 1);
+  }
   for (int64_t r = 0; r < ranks; ++r) {
     const int64_t cluster = shared(requests[kRequestHeader + r]);
     if (cluster < 0 || cluster >= clusters) continue;
@@ -113,11 +117,13 @@ inline void update_pages_head(const UpdatePagesParams& params, int64_t task) {
 
   static thread_local std::vector<Candidate> candidates;
   candidates.clear();
+  int64_t held = 0;
   const auto look = [&](int64_t cluster) {
     const int64_t pages = shared(cached[cluster]);
     if (pages == 0) return;
-    candidates.push_back(
-        make_candidate(params.policy, history + 2 * cluster, step, cluster, pages));
+    candidates.push_back({0, 0, static_cast<int32_t>(cluster), static_cast<int32_t>(pages)});
+    held += pages;
+    __builtin_prefetch(history + 2 * cluster);
   };
   int64_t c = 0;
   for (; c + 8 <= clusters; c += 8) {  // most are not in
@@ -127,17 +133,24 @@ inline void update_pages_head(const UpdatePagesParams& params, int64_t task) {
     for (int64_t i = c; i < c + 8; ++i) look(i);
   }
   for (; c < clusters; ++c) look(c);
+  for (Candidate& candidate : candidates) {
+    set_key(params.policy, history + 2 * candidate.cluster, step, candidate);
+  }
 
-  // Each has a page at least, so no more of them are listed than pages are wanted.
-  const int64_t most = std::clamp<int64_t>(
-      wanted, 0, std::min<int64_t>(static_cast<int64_t>(candidates.size()), params.pages));
-  const auto last = candidates.begin() + most;
-  if (last != candidates.end()) std::nth_element(candidates.begin(), last, candidates.end());
-  std::sort(candidates.begin(), last);
+  // Sorts as many as are about as many pages as are wanted, and goes on if they were too few.
+  const int64_t most = std::min<int64_t>(static_cast<int64_t>(candidates.size()), params.pages);
+  const auto end = candidates.end();
   int64_t count = 0;
-  for (; count < most && wanted > 0; ++count) {
-    set_shared(decisions[kDecisionHeader + count], candidates[count].cluster);
-    wanted -= candidates[count].pages;
+  while (count < most && wanted > 0) {
+    const int64_t about = wanted * static_cast<int64_t>(candidates.size()) / held + 8;
+    const auto first = candidates.begin() + count;
+    const auto last = first + std::min(about, most - count);
+    if (last != end) std::nth_element(first, last, end);
+    std::sort(first, last);
+    for (auto next = first; next != last && wanted > 0; ++next, ++count) {
+      set_shared(decisions[kDecisionHeader + count], next->cluster);
+      wanted -= next->pages;
+    }
   }
   set_shared(decisions[kDecisionCount], static_cast<int32_t>(count));
   publish(decisions[kDecisionStep], static_cast<int32_t>(step));

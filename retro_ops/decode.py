@@ -48,7 +48,7 @@ def decode_step(
         config.cluster_size,
         config.kmeans_iterations,
     )
-    if query.is_cuda:  # all that follows in one op, with the same bits
+    if query.is_cuda and not layer.offload:  # all that follows in one op, with the same bits
         return decode_attention(
             query,
             layer.steady,
