@@ -367,7 +367,7 @@ def run(
                         case |= {"layers": len(trace.offsets), "overlap": trace.overlap}
                         figures.append({**case, **figure, **facts})
                         if ratio == cache_ratios[0]:
-                            curves.setdefault(f"{trace.name}, {context:,} tokens, {rows} rows", {})[
+                            curves.setdefault(f"{trace.name}, {context:,} tokens, batch {rows}", {})[
                                 policy
                             ] = pages
                 yield figures

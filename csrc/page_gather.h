@@ -1,4 +1,7 @@
 // Looks the retrieved clusters up in the page cache, and brings in those that it has room for.
+//
+// All that a (row, head) needs is its own, and each part is a sum over what comes before: missing pages of
+// better ranks, pages freed by earlier decisions. So the order of threads decides nothing, on any device.
 #pragma once
 
 #include "page_cache.h"
