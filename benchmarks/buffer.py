@@ -367,9 +367,8 @@ def run(
                         case |= {"layers": len(trace.offsets), "overlap": trace.overlap}
                         figures.append({**case, **figure, **facts})
                         if ratio == cache_ratios[0]:
-                            curves.setdefault(f"{trace.name}, {context:,} tokens, batch {rows}", {})[
-                                policy
-                            ] = pages
+                            title = f"{trace.name}, {context:,} tokens, batch {rows}"
+                            curves.setdefault(title, {})[policy] = pages
                 yield figures
     if plot is not None:
         draw(curves, cache_ratios[0], plot)
