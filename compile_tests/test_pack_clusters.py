@@ -249,7 +249,7 @@ def refusable(device: str) -> Arguments:
             "counters must be [B, columns] = [2, 14], got [1, 6]",
         ),
         (
-            {"counters": torch.zeros(2, 8)},
+            {"counters": torch.zeros(2, 14)},
             "counters must be torch.int64, got torch.float32",
         ),
         (

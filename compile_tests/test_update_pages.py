@@ -277,6 +277,19 @@ def test_posted_updates_of_many_layers() -> None:
         assert (layer["history"][:, :, 300, 0] == 259).all()
 
 
+def test_another_policy_may_follow() -> None:
+    actual, expected = make("lru", 40, 300, 200), make("lru", 40, 300, 200)
+    for step, policy in ((200, "lru"), (201, "lfu"), (202, "lru2"), (203, "lru2")):
+        for each in (actual, expected):
+            each["requests"][..., RequestHeader.STEP] = step
+            each["policy"] = policy
+        post_update_pages(actual)
+        assert idle().endswith("pending 0, failures 0")
+        update_pages(**expected)
+    assert_same(actual["history"], expected["history"])
+    assert_same(actual["decisions"], expected["decisions"])
+
+
 def test_a_posted_update_keeps_its_memory() -> None:
     for seed in range(50):
         post_update_pages(make("lfu", 70, 3000, 2000, seed=seed))
@@ -340,6 +353,7 @@ assert found == [set(allowed)], found
 
 @pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise KeyboardInterrupt", "os._exit(3)"])
 def test_a_process_ends_with_updates_under_way(end: str) -> None:
+    """The tensors are Python's, which ends first: no thread may want its lock any more."""
     ran = run_python(
         f"layers = [make('lfu', 70, 30000, 20000, seed=seed) for seed in range(5)]\n"
         f"for layer in layers: post_update_pages(layer)\n{end}"

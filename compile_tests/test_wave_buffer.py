@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -407,6 +408,22 @@ def test_a_model_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
             expected = model(token, past_key_values=caches[0]).logits
             assert_same(compiled(token, past_key_values=caches[1]).logits, expected, f"{step}")
     assert caches[1].stats()["page_hits"] > 0
+
+
+# The page table
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 4])
+def test_entries_of_clusters_never_overlap(page_size: int) -> None:
+    """All sizes of four clusters, with the smallest store that holds them."""
+    for sizes in itertools.product(range(2 * page_size + 2), repeat=4):
+        end, first = 0, 0
+        for cluster, tokens in enumerate(sizes):
+            entry = first // page_size + cluster
+            assert entry >= end
+            end = max(end, entry + -(-tokens // page_size))
+            first += tokens
+        assert end <= first // page_size + len(sizes)
 
 
 # Against a dictionary

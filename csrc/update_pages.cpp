@@ -1,5 +1,7 @@
 #include "update_pages.h"
 
+#include <pthread.h>
+
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -22,6 +24,15 @@ void update_pages(
   });
 }
 
+// What a layer posts. Its call holds the layer's tensors, so no other layer gets their memory meanwhile.
+struct LayerJob {
+  Policy policy;
+  std::shared_ptr<Job> job;
+
+  // Nobody else holds the job, so no thread runs it or is about to let go of it.
+  bool idle() const { return job.use_count() == 1; }
+};
+
 // The job of one layer: two of them at once would both write its history.
 std::shared_ptr<Job> job_of(
     const Tensor& requests,
@@ -29,19 +40,38 @@ std::shared_ptr<Job> job_of(
     const Tensor& history,
     const Tensor& decisions,
     const std::string& policy) {
-  static std::mutex mutex;
-  static auto& jobs = *new std::unordered_map<const void*, std::weak_ptr<Job>>;  // outlives threads
-  // The call holds the tensors, so no other layer gets their memory while the job is there.
+  // Not held by another thread when the process forks: the child would wait for it for ever.
+  static auto& mutex = *new std::mutex;
+  static const int at_fork =
+      pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
+  (void)at_fork;
+  // Never destroyed: threads may run until the process is gone. A worker must not let go of a tensor either:
+  // the last one to do so needs Python's lock, which a process that ends gives to no thread. So the jobs
+  // stay here, and who posts for another layer clears away what is idle.
+  static auto& jobs = *new std::unordered_map<const void*, LayerJob>;
   auto call = std::make_shared<Call<UpdatePagesParams>>(
       update_pages_call(requests, cached, history, decisions, policy));
+  const UpdatePagesParams& params = call->params;
+  std::vector<LayerJob> cleared;  // let go of after the lock: that may wait for Python's
   const std::lock_guard<std::mutex> lock(mutex);
-  std::weak_ptr<Job>& known = jobs[call->params.history];
-  std::shared_ptr<Job> job = known.lock();
-  if (job) return job;
-  std::erase_if(jobs, [](const auto& entry) { return entry.second.expired(); });
-  job = std::make_shared<Job>(
-      call->params.tasks, [call](int64_t task) { update_pages_head(call->params, task); });
-  jobs[call->params.history] = job;
+  const auto known = jobs.find(params.history);
+  if (known != jobs.end()) {
+    if (known->second.policy == params.policy) return known->second.job;
+    check(
+        known->second.idle(), "post_update_pages",
+        "history is being written for another policy, got '", policy, "'");
+  }
+  for (auto entry = jobs.begin(); entry != jobs.end();) {
+    if (!entry->second.idle()) {
+      ++entry;
+      continue;
+    }
+    cleared.push_back(std::move(entry->second));
+    entry = jobs.erase(entry);
+  }
+  auto job = std::make_shared<Job>(
+      params.tasks, [call](int64_t task) { update_pages_head(call->params, task); });
+  jobs[params.history] = {params.policy, job};
   return job;
 }
 

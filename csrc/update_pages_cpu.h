@@ -126,7 +126,8 @@ inline void update_pages_head(const UpdatePagesParams& params, int64_t task) {
     __builtin_prefetch(history + 2 * cluster);
   };
   int64_t c = 0;
-  for (; c + 8 <= clusters; c += 8) {  // most are not in
+  // Most are not in. Eight at once only say whether to look at each.
+  for (; c + 8 <= clusters; c += 8) {
     uint64_t eight;
     std::memcpy(&eight, cached + c, sizeof eight);
     if (eight == 0) continue;

@@ -173,6 +173,7 @@ class WorkerPool {
     uint64_t state = own | Job::kRunning;
     std::shared_ptr<Job> self = std::move(job->self_);
     if (job->state_.compare_exchange_strong(state, own | Job::kIdle, std::memory_order_acq_rel)) {
+      self.reset();  // before anyone who waits goes on
       pending_.fetch_sub(1, std::memory_order_release);
       return;
     }

@@ -15,7 +15,9 @@ class WorkerPool;
 // do. Posted while it waits, it runs once for both; while it runs, once more.
 class Job {
  public:
-  // `run(part)` for every part in 0 .. parts - 1. What it uses must live as long as the job.
+  // `run(part)` for every part in 0 .. parts - 1. What it uses must live as long as the job. The pool's
+  // threads hold the job while it is posted: who posts keeps a reference too, unless any thread may be the
+  // one that destroys it, which none may whose destruction takes Python's lock (a tensor's).
   Job(int64_t parts, std::function<void(int64_t)> run) : parts_(parts), run_(std::move(run)) {}
 
  private:
