@@ -51,12 +51,12 @@ lint: $(VENV)/.installed
 	@rm -rf $(LAYOUT) && mkdir -p $(LAYOUT) && ln -s $(addprefix $(CURDIR)/,$(ROOMS)) $(LAYOUT)
 	cd $(LAYOUT)/.. && ../bin/python -m mypy \
 	    --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*)
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/* compile_tests/*.cpp)
 
 format: $(VENV)/.installed
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(wildcard csrc/*)
+	$(VENV)/bin/clang-format -i $(wildcard csrc/* compile_tests/*.cpp)
 
 # Without build/lib, where files that are gone from the checkout would live on.
 wheel: $(VENV)/.installed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,79 @@ def test_bench_model(tmp_path: Path) -> None:
         assert row["ratio"] == pytest.approx(dense["ms"] / row["ms"])
 
 
+BUFFER = ["bench", "buffer", "--policy", "lru,lfu", "--cache-ratio", "0.1", "--steps", "40"]
+
+
+def test_bench_buffer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--json", str(tmp_path / "rows.json"), "--csv", str(tmp_path / "rows.csv")]
+    sizes = ["--context", "4096", "--batch", "1,2", "--overlap", "0,0.75", "--rounds", "2"]
+    assert main([*BUFFER, "--trace", "synthetic,layer", *sizes, *files]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    names = ["synthetic 0", "synthetic 0.75", "synthetic 0", "synthetic 0.75", "layer", "layer"]
+    batches = [1, 1, 2, 2, 1, 2]
+    assert [(row["trace"], row["batch"], row["policy"]) for row in rows] == [
+        (name, batch, policy)
+        for name, batch in zip(names, batches, strict=True)
+        for policy in ("lru", "lfu")
+    ]
+    for row in rows:
+        assert 0 < row["hit_ratio"] < 1
+        assert row["missed_tokens_per_step"] > 0
+        assert row["machine"]
+    for row in rows[:8]:
+        assert row["overlap"] == pytest.approx(float(row["trace"].split()[1]), abs=0.1)
+        assert 0 < row["update_us_20"] <= row["update_us"] <= row["update_us_80"]
+    assert min(row["hit_ratio"] for row in rows[2:4]) > max(row["hit_ratio"] for row in rows[:2])
+    for row in rows[8:]:
+        assert 0 < row["us_20"] <= row["us"] <= row["us_80"]
+        assert row["plain_us"] > 0
+    with (tmp_path / "rows.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    assert "hit_ratio" in capsys.readouterr().out
+
+
+def test_bench_buffer_records_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    assert main([*BUFFER, "--trace", "recall", "--context", "4096", "--json", str(file)]) == 0
+    for row in json.loads(file.read_text()):
+        assert row["layers"] == 4
+        assert row["worst_layer"] <= row["hit_ratio"] < 1
+        assert 0 < row["overlap"] < 1
+
+
+def test_bench_buffer_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    file = tmp_path / "hits.png"
+    small = ["--trace", "synthetic", "--context", "4096", "--overlap", "0.5"]
+    assert main([*BUFFER, *small, "--plot", str(file)]) == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_buffer_needs_matplotlib_for_a_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*BUFFER, "--plot", str(tmp_path / "hits.png")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    expected = "retro_ops bench buffer: a plot needs matplotlib; pip install 'retro_ops[plot]'\n"
+    assert printed.err == expected
+
+
+def test_bench_buffer_measures_nothing_when_offloading_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = RetroLayer.decode
+
+    def wrong(layer: RetroLayer, *tensors: torch.Tensor) -> torch.Tensor:
+        return right(layer, *tensors) * (1.01 if layer.offload else 1)
+
+    monkeypatch.setattr(RetroLayer, "decode", wrong)
+    with pytest.raises(AssertionError, match="offloading changes the result"):
+        main([*BUFFER, "--trace", "layer", "--context", "4096"])
+    assert capsys.readouterr().out == ""
+
+
 def test_bench_measures_nothing_when_retro_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +165,11 @@ def test_calls_take_turns() -> None:
         (["bench", "decode", "--context", "1,x"], "whole number from 1 on, got 'x'"),
         (["bench", "decode", "--dtype", "int8"], "names out of float32,bfloat16,float16"),
         (["bench", "build", "--keys", "real"], "names out of clustered,random, got 'real'"),
+        (["bench", "buffer", "--trace", "llama"], "names out of synthetic,layer,recall"),
+        (["bench", "buffer", "--policy", "mru"], "names out of lru,lru2,lfu, got 'mru'"),
+        (["bench", "buffer", "--cache-ratio", "0.1,2"], "must be numbers in 0..1, got '2'"),
+        (["bench", "buffer", "--overlap", "all"], "must be numbers in 0..1, got 'all'"),
+        (["bench", "buffer", "--plot", "/no/such/folder/f.png"], "cannot write"),
     ],
 )
 def test_bad_arguments(

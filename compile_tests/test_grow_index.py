@@ -191,7 +191,7 @@ def refusable(device: str) -> Arguments:
         ),
         (
             {"counters": torch.zeros(3, 6, dtype=torch.int64)},
-            "counters must be [B, columns] = [2, 8], got [3, 6]",
+            "counters must be [B, columns] = [2, 14], got [3, 6]",
         ),
         ({"sink_tokens": -1}, "sink_tokens must not be negative, got -1"),
         ({"local_tokens": -2}, "local_tokens must not be negative, got -2"),

@@ -410,9 +410,9 @@ def test_one_full_row_refuses_for_all_rows() -> None:
     assert_unchanged(layer, before)
 
 
-def test_offload_is_not_there_yet() -> None:
+def test_offload_is_not_there_yet_on_a_gpu() -> None:
     with pytest.raises(NotImplementedError, match=r"offload=True is not built.*offload=False"):
-        make_layer(offload=True)
+        make_layer(offload=True, device="cuda")
 
 
 def test_backward_raises() -> None:

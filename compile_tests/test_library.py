@@ -22,6 +22,8 @@ OPS = (
     "grow_index",
     "merged_attention",
     "pack_clusters",
+    "page_gather",
+    "update_pages",
     "wave_estimate",
 )
 # What the fakes of those that return something must return for `example_arguments`.
@@ -30,6 +32,7 @@ RESULTS = {
     "cluster_keys": [([2, 3, 5], "torch.int32")],
     "decode_attention": [([2, 6, 64], "torch.float32")],
     "merged_attention": [([2, 6, 64], "torch.float32"), ([2, 6], "torch.float32")],
+    "page_gather": [([2, 3, 8, 3], "torch.int64")],
     "no_backward": [([2, 3, 5, 64], "torch.float32")],
     "wave_estimate": [
         ([2, 3, 8], "torch.int32"),
@@ -50,7 +53,7 @@ for name in sorted(torch._C._dispatch_get_all_op_names()):
             results = getattr(torch.ops.retro, name)(**example_arguments(name))
         if isinstance(results, torch.Tensor):
             results = [results]
-        if name == "cpu_kernels":  # takes no tensor, so there is nothing to fake
+        if name in ("cpu_kernels", "worker_pool"):  # takes no tensor, so there is nothing to fake
             results = None
         print([name, [(list(result.shape), str(result.dtype)) for result in results or ()]])
 """
@@ -62,7 +65,10 @@ def test_fresh_process_has_every_schema_and_fake(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     results = dict(ast.literal_eval(line) for line in result.stdout.splitlines())
-    expected = {name: RESULTS.get(name, []) for name in (*OPS, "cpu_kernels", "no_backward")}
+    expected = {
+        name: RESULTS.get(name, [])
+        for name in (*OPS, "cpu_kernels", "no_backward", "post_update_pages", "worker_pool")
+    }
     assert results == expected
 
 

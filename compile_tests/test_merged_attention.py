@@ -212,13 +212,13 @@ def refusable(device: str) -> Arguments:
         ),
         (
             {"counters": torch.zeros(6, dtype=torch.int64)},
-            "counters must be [B, columns] = [2, 8], got [6]",
+            "counters must be [B, columns] = [2, 14], got [6]",
         ),
         (
-            {"counters": torch.zeros(2, 8, dtype=torch.uint8)},
+            {"counters": torch.zeros(2, 14, dtype=torch.uint8)},
             "counters must be torch.int64, got torch.uint8",
         ),
-        ({"counters": torch.zeros(8, 2, dtype=torch.int64).T}, "counters must be contiguous"),
+        ({"counters": torch.zeros(14, 2, dtype=torch.int64).T}, "counters must be contiguous"),
         (
             {"estimate": torch.zeros(2, 2, 64)},
             "estimate must be [B, Hq, D] = [2, 4, 64], got [2, 2, 64]",
@@ -395,3 +395,174 @@ def test_layout_does_not_matter(device: str) -> None:
             given = on_device(make(Variant(layout=layout), [40, 25], 5), device)
             for actual, result in zip(merged_attention(**given), expected, strict=True):
                 assert_same(actual, result, f"{kernels}: {layout}")
+
+
+# With a page cache
+
+
+def with_pages(arguments: Arguments, page_size: int, seed: int = 0) -> Arguments:
+    """The same tokens, each page of a cluster in the store or in the cache, NaN where nothing is
+    read."""
+    generator = torch.Generator().manual_seed(seed)
+    store, addresses = arguments["store"], arguments["addresses"]
+    rows, heads, ranks, _ = addresses.shape
+    counts = (addresses[..., 1] + page_size - 1) // page_size
+    entry = counts.cumsum(dim=2) - counts + 1  # the table's first entry belongs to nobody
+    entries = int(counts.sum(dim=2).max()) + 2 if counts.numel() else 2
+    in_cache = torch.rand(rows, heads, entries, generator=generator) < 0.5
+    pages = entries + 3
+    table = torch.full((rows, heads, entries), -1, dtype=torch.int32)
+    cache = torch.full((2, rows, heads, pages * page_size, store.shape[4]), torch.nan).to(store)
+    read = torch.zeros(store.shape[1:4], dtype=torch.bool)
+    for row in range(rows):
+        for head in range(heads):
+            free = torch.randperm(pages, generator=generator).tolist()
+            for rank in range(ranks):
+                first, tokens = addresses[row, head, rank].tolist()
+                for token in range(0, tokens, page_size):
+                    place = int(entry[row, head, rank]) + token // page_size
+                    source = slice(first + token, first + min(token + page_size, tokens))
+                    if not in_cache[row, head, place]:
+                        read[row, head, source] = True
+                        continue
+                    page = table[row, head, place] = free.pop()
+                    slot = page * page_size
+                    target = slice(slot, slot + source.stop - source.start)
+                    cache[:, row, head, target] = store[:, row, head, source]
+    held = torch.where(read[None, ..., None], store, torch.nan)
+    return {
+        **arguments,
+        "store": store.clone().copy_(held),
+        "addresses": torch.cat((addresses, entry[..., None]), dim=3),
+        "pages": cache,
+        "page_table": table,
+        "page_size": page_size,
+    }
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(
+    variant=variants(),
+    held=st.lists(st.sampled_from((0, 1, 65)), min_size=3, max_size=3),
+    retrieved=st.sampled_from((0, 1, 3, 17)),
+    cluster_tokens=st.sampled_from((1, 2, 9, 40)),
+    page_size=st.sampled_from((1, 3, 8, 64)),
+)
+def test_where_a_page_lies_changes_no_bit(
+    variant: Variant, held: list[int], retrieved: int, cluster_tokens: int, page_size: int
+) -> None:
+    plain = make(variant, held[: variant.rows], retrieved, cluster_tokens=cluster_tokens)
+    paged = with_pages(plain, page_size, variant.seed)
+    for kernels in every_kernel("cpu"):
+        for actual, expected in zip(
+            merged_attention(**paged), merged_attention(**plain), strict=True
+        ):
+            assert_same(actual, expected, kernels)
+    for actual, expected in zip(reference(**paged), reference(**plain), strict=True):
+        assert_same(actual, expected)
+
+
+def paged_and_refusable() -> Arguments:
+    return with_pages(make(Variant(), [9, 3], 5, poison=False), 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pages": None}, "pages and page_table must be given together"),
+        ({"page_table": None}, "pages and page_table must be given together"),
+        (
+            {"addresses": torch.zeros(2, 2, 5, 2, dtype=torch.int64)},
+            "addresses must be [B, Hkv, R, 3] = [2, 2, any, 3], got [2, 2, 5, 2]",
+        ),
+        ({"page_size": 0}, "page_size must be at least 1 token, got 0"),
+        (
+            {"pages": torch.zeros(2, 2, 2, 8, 80)},
+            "pages must be [2, B, Hkv, P * page_size, D] = [2, 2, 2, any, 64], "
+            "got [2, 2, 2, 8, 80]",
+        ),
+        (
+            {"pages": torch.zeros(2, 2, 2, 8, 64).half()},
+            "pages must be torch.float32, got torch.float16",
+        ),
+        (
+            {"pages": torch.zeros(2, 2, 2, 9, 64)},
+            "pages must hold a multiple of page_size (4) tokens, got 9",
+        ),
+        (
+            {"page_table": torch.zeros(2, 3, 8, dtype=torch.int32)},
+            "page_table must be [B, Hkv, N / page_size + C] = [2, 2, any], got [2, 3, 8]",
+        ),
+        (
+            {"page_table": torch.zeros(2, 2, 8)},
+            "page_table must be torch.int32, got torch.float32",
+        ),
+        (
+            {"pages": torch.zeros(2, 2, 2, 8, 64, device="meta")},
+            "pages must be on cpu like query, got meta",
+        ),
+    ],
+)
+def test_rejects_pages(change: Arguments, message: str) -> None:
+    arguments = {**paged_and_refusable(), **change}
+    refusal = None
+    try:
+        merged_attention(**arguments)
+    except RuntimeError as error:
+        refusal = str(error)
+    assert refusal == f"merged_attention: {message}"
+    if "meta" not in message:
+        assert_refused(merged_attention, arguments, f"merged_attention: {message}")
+
+
+@pytest.mark.parametrize("first_entry", [-1, 5000, 2**63 - 1])
+def test_rejects_entries(first_entry: int) -> None:
+    arguments = paged_and_refusable()
+    entries = arguments["page_table"].shape[2]
+    arguments["addresses"][1, 1, 4] = torch.tensor([3, 5, first_entry])
+    message = (
+        f"merged_attention: addresses must lie in a page_table of {entries} entries, "
+        f"got 2 entries from {first_entry}"
+    )
+    assert_refused(merged_attention, arguments, message, by_fake=False)
+
+
+@pytest.mark.parametrize("page", [-2, 1000])
+def test_rejects_a_page_table(page: int) -> None:
+    arguments = paged_and_refusable()
+    arguments["addresses"][1, 1, 4] = torch.tensor([3, 5, 1])
+    arguments["page_table"][1, 1, 2] = page
+    last = arguments["pages"].shape[3] // 4 - 1
+    message = f"merged_attention: page_table must lie in -1 .. {last}, got {page}"
+    assert_refused(merged_attention, arguments, message, by_fake=False)
+
+
+@pytest.mark.parametrize("dtype", ELEMENT_DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+def test_opcheck_with_pages(dtype: torch.dtype, layout: str) -> None:
+    arguments = make(Variant(dtype=dtype, layout=layout), [9, 3], 5, poison=False, estimated=1.0)
+    paged = with_pages(arguments, 4)
+    paged["store"] = arguments["store"]
+    paged["pages"] = in_layout(paged["pages"].nan_to_num(), layout)
+    torch.library.opcheck(torch.ops.retro.merged_attention.default, tuple(paged.values()))
+    paged["query"].requires_grad_()
+    torch.library.opcheck(
+        torch.ops.retro.merged_attention.default,
+        tuple(paged.values()),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_compiles_with_pages() -> None:
+    first = make(Variant(rows=2, heads=3, head_dim=64), [9, 7], 5)
+    second = make(Variant(rows=4, heads=5, groups=3, head_dim=80), [20, 0, 17, 1], 8)
+    second["scale"] = first["scale"]
+    assert_compiles(merged_attention, with_pages(first, 4), with_pages(second, 4))
+
+
+def test_backward_with_pages_raises() -> None:
+    arguments = paged_and_refusable()
+    arguments["pages"].requires_grad_()
+    out, _ = merged_attention(**arguments)
+    with pytest.raises(RuntimeError, match="there is no backward pass"):
+        out.sum().backward()

@@ -725,12 +725,6 @@ def test_refuses_sizes(numbers: tuple[int, int]) -> None:
         RetroCache(FAMILIES["llama"](), max_cache_len=numbers[0], batch_size=numbers[1])
 
 
-def test_refuses_to_offload_for_now() -> None:
-    model = make_model("llama")
-    with pytest.raises(NotImplementedError, match="offload=True is not built"):
-        call(model, make_prompt(1, 30), make_cache(model, offload=True))
-
-
 def test_backward_raises() -> None:
     model = make_model("llama")
     cache = make_cache(model)

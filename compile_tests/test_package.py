@@ -25,7 +25,16 @@ ROOMS = {
     "models": "retro_ops/models",
     "benchmarks": "retro_ops/benchmarks",
 }
-OPTIONAL = {"accelerate", "flash_attn", "gguf", "hypothesis", "rich", "transformers", "triton"}
+OPTIONAL = {
+    "accelerate",
+    "flash_attn",
+    "gguf",
+    "hypothesis",
+    "matplotlib",
+    "rich",
+    "transformers",
+    "triton",
+}
 
 
 def run_python(code: str, *arguments: object, cwd: Path, path: Path | None = None) -> str:
@@ -104,7 +113,13 @@ def test_hard_dependencies_are_torch_and_numpy(metadata: Message) -> None:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     }
     assert hard == {"torch", "numpy"}
-    assert set(metadata.get_all("Provides-Extra", [])) == {"models", "triton", "flash", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "models",
+        "triton",
+        "flash",
+        "plot",
+        "dev",
+    }
 
 
 USE_INSTALLED = """
@@ -324,7 +339,15 @@ def test_room_rules_allow(module: str, source: str, tmp_path: Path) -> None:
     assert complaint(module, name, on_import) is None
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/performance.md"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/performance.md",
+        "docs/wave_buffer.md",
+    ],
+)
 def test_document_names_files_that_exist(document: str) -> None:
     text = (ROOT / document).read_text("utf-8")
     rooms = "|".join((*ROOMS, "csrc", "compile_tests", r"\.ci"))

@@ -14,6 +14,13 @@ enum Counter : int64_t {
   kSteps,             // decode steps so far
   kDroppedTokens,     // tokens that did not fit; CUDA ops count them where CPU ops raise
   kFinishedHeads,     // heads that the CUDA op now running has done; 0 between ops
+  // What page_gather found, over KV heads and steps; 0 unless offloaded.
+  kPageHits,       // pages of retrieved clusters that the page cache had
+  kPageMisses,     // pages of retrieved clusters that it had not
+  kMissedTokens,   // tokens of those pages: what was read from the store
+  kAdmissions,     // clusters that came into the page cache
+  kEvictions,      // clusters that left it
+  kLateDecisions,  // gathers of a KV head that found no decision about the step before
   kCounters,
 };
 

@@ -1,6 +1,7 @@
 // CPU ops that another op calls.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -32,6 +33,9 @@ std::tuple<Tensor, Tensor> merged_attention(
     const Tensor& counters,
     const Tensor& estimate,
     const Tensor& estimate_lse,
-    double scale);
+    double scale,
+    std::optional<Tensor> pages,
+    std::optional<Tensor> page_table,
+    int64_t page_size);
 
 }  // namespace retro

@@ -38,8 +38,9 @@ Tensor decode_attention(
       min_retrieved_clusters, estimation_budget, estimator, scale);
   Tensor counted = torch::stable::clone(counters);  // a refusal changes nothing
   const Tensor addresses = cluster_gather(retrieved, offsets, counted);
-  const Tensor out = std::get<0>(
-      merged_attention(query, steady, store, addresses, counters, estimate, estimate_lse, scale));
+  const Tensor out = std::get<0>(merged_attention(
+      query, steady, store, addresses, counters, estimate, estimate_lse, scale, std::nullopt,
+      std::nullopt, 0));
   Tensor changed = counters;
   torch::stable::copy_(changed, counted);
   return out;

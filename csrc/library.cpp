@@ -2,7 +2,7 @@
 //
 // Shape letters: B rows of the batch, Hq query heads, Hkv key heads, G = Hq / Hkv, T tokens, D head_dim,
 // N capacity of the store in tokens, S capacity of the steady zone in tokens, C capacity of the index in
-// clusters, R retrieved clusters. A leading 2 holds keys, then values. `counters` is int64
+// clusters, R retrieved clusters, P pages of the page cache. A leading 2 holds keys, then values. `counters` is int64
 // [B, kCounters]; its columns are named in counters.h.
 #include "checks.h"
 
@@ -32,15 +32,31 @@ STABLE_TORCH_LIBRARY(retro, m) {
       "int min_retrieved_clusters, float estimation_budget, str estimator, float scale) "
       "-> (Tensor, Tensor, Tensor)");
   m.def("cluster_gather(Tensor retrieved, Tensor offsets, Tensor(a!) counters) -> Tensor");
+  m.def(  // cluster_gather, offloaded
+      "page_gather(Tensor retrieved, Tensor offsets, Tensor store, Tensor(a!) pages, "
+      "Tensor(b!) page_table, Tensor(c!) free_pages, Tensor decisions, Tensor(d!) requests, "
+      "Tensor(e!) cached, Tensor(f!) counters, int page_size) -> Tensor");
   m.def(
       "merged_attention(Tensor query, Tensor steady, Tensor store, Tensor addresses, "
-      "Tensor counters, Tensor estimate, Tensor estimate_lse, float scale) -> (Tensor, Tensor)");
+      "Tensor counters, Tensor estimate, Tensor estimate_lse, float scale, Tensor? pages=None, "
+      "Tensor? page_table=None, int page_size=0) -> (Tensor, Tensor)");
+  m.def(  // offloaded; beside the step: the next one's page_gather reads the decisions
+      "update_pages(Tensor requests, Tensor cached, Tensor(a!) history, Tensor(b!) decisions, "
+      "str policy) -> ()");
   m.def(
       "decode_attention(Tensor query, Tensor steady, Tensor store, Tensor centroids, Tensor "
       "offsets, "
       "Tensor variances, Tensor residuals, Tensor(a!) counters, SymInt max_retrieved, "
       "float retrieval_budget, int min_retrieved_clusters, float estimation_budget, str estimator, "
       "float scale) -> Tensor");
+
+  // update_pages by a thread of the worker pool: posts it and returns, as the CUDA op will. What was posted
+  // for the same tensors and has not begun runs once.
+  m.def(
+      "post_update_pages(Tensor requests, Tensor cached, Tensor(a!) history, Tensor(b!) decisions, "
+      "str policy) -> ()");
+  // Waits until the worker pool has nothing to do, at most so long; 'threads 2, pending 0, failures 0'.
+  m.def("worker_pool(float seconds) -> str");
 
   // What the backward pass of every op calls, for each argument; it raises.
   m.def("no_backward(Tensor grad, Tensor argument, str op) -> Tensor");

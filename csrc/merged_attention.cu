@@ -72,9 +72,14 @@ std::tuple<Tensor, Tensor> merged_attention(
     const Tensor& counters,
     const Tensor& estimate,
     const Tensor& estimate_lse,
-    double scale) {
+    double scale,
+    std::optional<Tensor> pages,
+    std::optional<Tensor> page_table,
+    int64_t page_size) {
   Call<MergedAttentionParams> call = merged_attention_call(
-      query, steady, store, addresses, counters, estimate, estimate_lse, scale);
+      query, steady, store, addresses, counters, estimate, estimate_lse, scale, pages, page_table,
+      page_size);
+  check(!pages, "merged_attention", "pages are not built for CUDA yet");
   MergedAttentionParams& params = call.params;
   const Launcher launch("merged_attention", query);
   const MergedAttentionResults results = merged_attention_results(params, query);

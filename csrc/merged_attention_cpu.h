@@ -66,6 +66,25 @@ struct Attender {
   }
 };
 
+// The tokens of one cluster, in their order, from wherever they lie.
+template <typename T>
+void attend_cluster(Attender<T>& attender, int64_t b, int64_t h, const int64_t* address) {
+  const MergedAttentionParams& params = attender.params;
+  const int64_t first = address[0], tokens = address[1];
+  const auto add = [&](const Rows& keys, const Rows& values, int64_t slot, int64_t count) {
+    for (int64_t t = slot; t < slot + count; ++t) {
+      attender.add(keys.row<const T>(b, h, t), values.row<const T>(b, h, t));
+    }
+  };
+  if (params.page_size == 0) return add(params.store_keys, params.store_values, first, tokens);
+  const int32_t* page = params.page_table + (b * params.heads + h) * params.entries + address[2];
+  for (int64_t t = 0; t < tokens; t += params.page_size, ++page) {
+    const int64_t count = std::min(params.page_size, tokens - t);
+    if (*page < 0) add(params.store_keys, params.store_values, first + t, count);
+    else add(params.page_keys, params.page_values, *page * params.page_size, count);
+  }
+}
+
 template <typename T>
 void merged_attention_typed(const MergedAttentionParams& params) {
   const int64_t tasks = params.batch * params.heads, groups = params.groups;
@@ -109,11 +128,9 @@ void merged_attention_typed(const MergedAttentionParams& params) {
         const int64_t first = (piece - steady_pieces) * kRankPiece;
         const int64_t last = std::min(first + kRankPiece, params.retrieved_clusters);
         for (int64_t r = first; r < last; ++r) {
-          const int64_t* address = params.addresses + 2 * (task * params.retrieved_clusters + r);
-          for (int64_t t = address[0]; t < address[0] + address[1]; ++t) {
-            attender.add(
-                params.store_keys.row<const T>(b, h, t), params.store_values.row<const T>(b, h, t));
-          }
+          const int64_t* address =
+              params.addresses + params.address_columns * (task * params.retrieved_clusters + r);
+          attend_cluster(attender, b, h, address);
         }
       }
       attender.finish();

@@ -280,7 +280,8 @@ class RetroCache(Cache):
         retro_config: budgets and sizes; None: the defaults.
         max_cache_len: tokens that a row can hold, prompt and generated ones.
         batch_size: rows.
-        offload: keep the KV stores in host memory; not built yet.
+        offload: keep the KV stores in slow memory behind page caches; see `RetroLayer`. Not built
+            yet on a GPU.
 
     Raises:
         ValueError: the model has layers that retro attention cannot serve, or a number is out of

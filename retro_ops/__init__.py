@@ -12,6 +12,8 @@ from retro_ops.ops import (
     grow_index,
     merged_attention,
     pack_clusters,
+    page_gather,
+    update_pages,
     wave_estimate,
 )
 
@@ -27,5 +29,7 @@ __all__ = [
     "grow_index",
     "merged_attention",
     "pack_clusters",
+    "page_gather",
+    "update_pages",
     "wave_estimate",
 ]

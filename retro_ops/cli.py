@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from retro_ops.config import RetroConfig
+from retro_ops.ops.update_pages import POLICIES
 from retro_ops.testing import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+# Headings of columns of words.
+LEFT = ("attention", "dtype", "keys", "shape", "trace", "policy")
 ATTENTIONS = ("dense", "retro")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -84,6 +87,20 @@ def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
 def numbers(text: str) -> list[int]:
     """A parser of a list of whole numbers from 1 on, with commas."""
     return [number(1)(part) for part in text.split(",")]
+
+
+def fractions(text: str) -> list[float]:
+    """A parser of a list of numbers in 0..1, with commas."""
+    parsed = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= 1:
+            raise argparse.ArgumentTypeError(f"must be numbers in 0..1, got {part!r}")
+        parsed.append(value)
+    return parsed
 
 
 def device(text: str) -> str:
@@ -260,10 +277,71 @@ def _add_bench(commands: Any) -> None:
         kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
         kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
         _add_budgets(kind)
+    _add_bench_buffer(kinds)
+
+
+def _add_bench_buffer(kinds: Any) -> None:
+    kind = _command(
+        kinds,
+        "buffer",
+        _bench_buffer,
+        "The page cache: hit ratios of traces by policy and cache ratio, and steps offloaded.",
+    )
+    kind.add_argument(
+        "--trace",
+        type=names(("synthetic", "layer", "recall", "recall-128k", "gemma")),
+        default="synthetic,recall",
+        help="made ones, a layer with random queries (timed), what a model retrieves",
+    )
+    kind.add_argument(
+        "--context", type=numbers, help="tokens (recall: 32768, gemma: 16384, others: 131072)"
+    )
+    kind.add_argument("--batch", type=numbers, default="1", help="rows of synthetic and layer")
+    kind.add_argument(
+        "--overlap",
+        type=fractions,
+        default="0.3,0.6,0.8",
+        help="synthetic: clusters that a step shares with the one before",
+    )
+    kind.add_argument("--cache-ratio", type=fractions, default="0.05,0.025,0.1")
+    kind.add_argument("--policy", type=names(POLICIES), default=",".join(POLICIES))
+    kind.add_argument("--page-size", type=number(1), default=RetroConfig().page_size)
+    kind.add_argument("--steps", type=number(2), default=320, help="of a trace")
+    kind.add_argument("--rounds", type=number(1), default=60, help="layer: timed steps")
+    kind.add_argument(
+        "--plot", type=new_file, metavar="FILE.png", help="draw hit ratios over steps"
+    )
+    kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
+    kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
+    _add_budgets(kind)
+    # What 64 clusters at least would be of a short context, no cache of 5 % holds.
+    kind.set_defaults(min_retrieved_clusters=0)
+
+
+def _bench_buffer(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import buffer
+
+    config = dataclasses.replace(_budgets(options), page_size=options.page_size)
+    rows: list[dict[str, Any]] = []
+    with _progress() as progress:
+        for case in buffer.run(
+            traces=options.trace,
+            contexts=options.context,
+            batch_sizes=options.batch,
+            overlaps=options.overlap,
+            cache_ratios=options.cache_ratio,
+            policies=options.policy,
+            steps=options.steps,
+            config=config,
+            rounds=options.rounds,
+            plot=options.plot,
+            progress=progress,
+        ):
+            rows += case
+    _report(options, rows, buffer.COLUMNS)
 
 
 def _bench(options: argparse.Namespace) -> None:
-    import csv
     import importlib
 
     config = _budgets(options)
@@ -287,8 +365,17 @@ def _bench(options: argparse.Namespace) -> None:
         for done, case in enumerate(cases, 1):
             rows += case
             progress(f"{case[0]['dtype']}, {case[0]['context']:,} tokens", done, total)
+    _report(options, rows, benchmark.COLUMNS)
+
+
+def _report(
+    options: argparse.Namespace, rows: list[dict[str, Any]], columns: Sequence[str]
+) -> None:
+    """Prints the rows of a benchmark and writes the files that were asked for."""
+    import csv
+
     title = ", ".join(f"{rows[0][key]}" for key in ("machine", "threads", "kernels", "torch"))
-    shown = [key for key in benchmark.COLUMNS if any(key in row for row in rows)]
+    shown = [key for key in columns if any(key in row for row in rows)]
     _print_table(title, {key: [_shown(row.get(key, "")) for row in rows] for key in shown})
     _write_json(options.json, rows)
     if options.csv is not None:
@@ -356,7 +443,7 @@ def _print_table(title: str, columns: dict[str, list[str]]) -> None:
     for heading in columns:
         table.add_column(
             heading,
-            justify="left" if heading in ("attention", "dtype", "keys", "shape") else "right",
+            justify="left" if heading in LEFT else "right",
         )
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)

@@ -12,6 +12,8 @@ from retro_ops.ops import (
     decode_attention,
     grow_index,
     merged_attention,
+    page_gather,
+    update_pages,
     wave_estimate,
 )
 
@@ -46,7 +48,7 @@ def decode_step(
         config.cluster_size,
         config.kmeans_iterations,
     )
-    if query.is_cuda:  # all that follows in one op, with the same bits
+    if query.is_cuda and not layer.offload:  # all that follows in one op, with the same bits
         return decode_attention(
             query,
             layer.steady,
@@ -71,6 +73,35 @@ def decode_step(
         config.estimator,
         scale,
     )
+    if layer.offload:
+        addresses = page_gather(
+            retrieved,
+            layer.offsets,
+            layer.store,
+            layer.pages,
+            layer.page_table,
+            layer.free_pages,
+            layer.decisions,
+            layer.requests,
+            layer.cached,
+            layer.counters,
+            config.page_size,
+        )
+        out, _ = merged_attention(
+            query,
+            layer.steady,
+            layer.store,
+            addresses,
+            layer.counters,
+            estimate,
+            estimate_lse,
+            scale,
+            layer.pages,
+            layer.page_table,
+            config.page_size,
+        )
+        update_pages(layer.requests, layer.cached, layer.history, layer.decisions, layer.policy)
+        return out
     addresses = cluster_gather(retrieved, layer.offsets, layer.counters)
     out, _ = merged_attention(
         query,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from retro_ops import wave_index
+from retro_ops import wave_buffer, wave_index
 from retro_ops.config import RetroConfig
 from retro_ops.decode import decode_step
 from retro_ops.ops._contract import ELEMENT_DTYPES, Counter, retrieved_count
+from retro_ops.ops.update_pages import DEFAULT_POLICY, POLICIES
 
 
 class RetroLayer(nn.Module):
@@ -27,11 +30,12 @@ class RetroLayer(nn.Module):
         max_length: tokens that a row can hold, prompt and generated ones.
         dtype: torch.float32, torch.bfloat16 or torch.float16.
         device: where the state lives.
-        offload: keep the KV store in host memory behind a page cache; not built yet.
+        offload: keep the KV store in slow memory behind a page cache of `config.cache_ratio` of it.
+            Changes no result, bit for bit. On a CPU both are plain memory; not built yet on a GPU.
 
     Raises:
         ValueError: a number or dtype is out of range.
-        NotImplementedError: `offload=True`.
+        NotImplementedError: `offload=True` on a GPU.
     """
 
     steady: Tensor  # [2, B, Hkv, S, D]
@@ -41,6 +45,14 @@ class RetroLayer(nn.Module):
     variances: Tensor  # [B, Hkv, C] float32
     residuals: Tensor  # [B, Hkv, D] float32
     counters: Tensor  # [B, len(Counter)] int64
+    # Offloaded only; see wave_buffer.py. P pages of S tokens for each row and KV head.
+    pages: Tensor  # [2, B, Hkv, P * S, D]
+    page_table: Tensor  # [B, Hkv, N / S + C] int32
+    free_pages: Tensor  # [B, Hkv, 2 + P] int32
+    decisions: Tensor  # [B, Hkv, 2 + P] int32
+    requests: Tensor  # [B, Hkv, 3 + R] int32
+    cached: Tensor  # [B, Hkv, C] uint8
+    history: Tensor  # [B, Hkv, C + 1, 2] int64
 
     def __init__(
         self,
@@ -54,6 +66,7 @@ class RetroLayer(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         offload: bool = False,
+        _policy: str = DEFAULT_POLICY,
     ) -> None:
         super().__init__()
         for name, number in (
@@ -76,17 +89,22 @@ class RetroLayer(nn.Module):
         if dtype not in ELEMENT_DTYPES:
             names = ", ".join(str(allowed) for allowed in ELEMENT_DTYPES)
             raise ValueError(f"RetroLayer: dtype must be one of {names}, got {dtype}")
-        if offload:
+        if offload and torch.device(device).type == "cuda":
             raise NotImplementedError(
-                "RetroLayer: offload=True is not built yet; use offload=False, which keeps all KV "
-                f"on the device ({device})"
+                "RetroLayer: offload=True is not built yet on a GPU; use offload=False, which "
+                f"keeps all KV on the device ({device})"
             )
+        if _policy not in POLICIES:
+            names = ", ".join(POLICIES)
+            raise ValueError(f"RetroLayer: _policy must be one of {names}, got {_policy!r}")
         self.config = config
         self.batch_size = batch_size
         self.num_query_heads = num_query_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.max_length = max_length
+        self.offload = offload
+        self.policy = _policy
 
         tokens, clusters = wave_index.indexed_capacity(config, max_length)
         self.max_retrieved = retrieved_count(
@@ -105,8 +123,14 @@ class RetroLayer(nn.Module):
             "residuals": ((*groups, head_dim), torch.float32),
             "counters": ((batch_size, len(Counter)), torch.int64),
         }
+        if offload:
+            buffers |= wave_buffer.shapes(
+                config, groups, tokens, clusters, self.max_retrieved, head_dim, dtype
+            )
         for name, (shape, kind) in buffers.items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
+        if offload:
+            wave_buffer.clear(self)
 
     @property
     def index(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -199,6 +223,8 @@ class RetroLayer(nn.Module):
         """Forgets all tokens and statistics; the memory stays."""
         for buffer in (self.offsets, self.residuals, self.counters):
             buffer.zero_()
+        if self.offload:
+            wave_buffer.clear(self)
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was, in place (beam search).
@@ -207,8 +233,14 @@ class RetroLayer(nn.Module):
             rows: `[B]` integers.
         """
         for name, buffer in self.named_buffers():
-            axis = 1 if name in ("steady", "store", "centroids") else 0
+            axis = 1 if name in ("steady", "store", "centroids", "pages") else 0
             buffer.copy_(buffer.index_select(axis, rows.to(buffer.device)))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # Another layer's KV without its page cache, if `strict=False` lets that pass.
+        if self.offload and any(prefix + name not in state_dict for name in wave_buffer.NAMES):
+            wave_buffer.clear(self)
 
     def lengths(self) -> Tensor:
         """Tokens that each row holds, padding not included: `[B]` int64, on the device."""
@@ -222,7 +254,13 @@ class RetroLayer(nn.Module):
             steady_tokens, indexed_tokens, clusters: what the rows hold now.
             updates: segments that became clusters while decoding.
             retrieved_tokens: tokens retrieved, over KV heads and steps.
-            page_hits, page_misses: pages found in the page cache and not; 0 unless offloaded.
+            page_hits, page_misses: pages of retrieved clusters that were in the page cache, and
+                those that were not; 0 unless offloaded, like the next four.
+            slow_bytes_per_token: bytes of KV that one row's step reads from the slow memory, on
+                average: the tokens of missed pages.
+            page_admissions, page_evictions: clusters that came into the page cache and left it.
+            late_decisions: times that a KV head's step found no decision of the step before on what
+                may leave the page cache; always 0 on a CPU, which decides between two steps.
             truncated_clusters: clusters dropped for want of room; always 0: the working set has no
                 buffer that could overflow.
             dropped_tokens: tokens that found no room in a full row on a GPU; the CPU raises.
@@ -247,8 +285,12 @@ class RetroLayer(nn.Module):
             "clusters": totals[Counter.CLUSTERS],
             "updates": totals[Counter.UPDATES],
             "retrieved_tokens": totals[Counter.RETRIEVED_TOKENS],
-            "page_hits": 0,
-            "page_misses": 0,
+            "page_hits": totals[Counter.PAGE_HITS],
+            "page_misses": totals[Counter.PAGE_MISSES],
+            "slow_bytes_per_token": round(totals[Counter.MISSED_TOKENS] / rows_steps * token_bytes),
+            "page_admissions": totals[Counter.ADMISSIONS],
+            "page_evictions": totals[Counter.EVICTIONS],
+            "late_decisions": totals[Counter.LATE_DECISIONS],
             "truncated_clusters": 0,
             "dropped_tokens": totals[Counter.DROPPED_TOKENS],
             "bytes_read_per_token": round(per_head * self.num_kv_heads + retrieved),
@@ -258,7 +300,8 @@ class RetroLayer(nn.Module):
         return (
             f"batch_size={self.batch_size}, num_query_heads={self.num_query_heads}, "
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"max_length={self.max_length}, dtype={self.store.dtype}, device={self.store.device}"
+            f"max_length={self.max_length}, dtype={self.store.dtype}, device={self.store.device}, "
+            f"offload={self.offload}"
         )
 
     def _estimated(self, clusters: int) -> int:

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from retro_ops.ops._contract import ELEMENT_DTYPES, Counter
+from retro_ops.ops._contract import (
+    ELEMENT_DTYPES,
+    Counter,
+    DecisionHeader,
+    FreeHeader,
+    RequestHeader,
+)
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -312,9 +318,13 @@ def variants() -> SearchStrategy[Variant]:
 
 
 def example_arguments(op: str, device: torch.device | str = "cpu") -> Arguments:
-    """Small arguments that `torch.ops.retro.<op>` accepts; tensors of zeros, every size another."""
+    """Small arguments that `torch.ops.retro.<op>` accepts, every size another.
+
+    Tensors are zero, but for `retrieved`, which names no cluster; optional arguments are left out.
+    """
     rows, heads, query_heads, tokens, head_dim = 2, 3, 6, 5, 64
     slots, capacity, clusters, retrieved = 7, 11, 4, 8
+    page_size, pages = 2, 5
     groups, index = (rows, heads), (2, rows, heads)
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "keys": ((*groups, tokens, head_dim), torch.float32),
@@ -332,6 +342,13 @@ def example_arguments(op: str, device: torch.device | str = "cpu") -> Arguments:
         "query": ((rows, query_heads, head_dim), torch.float32),
         "retrieved": ((*groups, retrieved), torch.int32),
         "addresses": ((*groups, retrieved, 2), torch.int64),
+        "pages": ((*index, pages * page_size, head_dim), torch.float32),
+        "page_table": ((*groups, capacity // page_size + clusters), torch.int32),
+        "free_pages": ((*groups, len(FreeHeader) + pages), torch.int32),
+        "decisions": ((*groups, len(DecisionHeader) + pages), torch.int32),
+        "requests": ((*groups, len(RequestHeader) + retrieved), torch.int32),
+        "cached": ((*groups, clusters), torch.uint8),
+        "history": ((*groups, clusters + 1, 2), torch.int64),
         "estimate": ((rows, query_heads, head_dim), torch.float32),
         "estimate_lse": ((rows, query_heads), torch.float32),
         "grad": ((rows, query_heads, head_dim), torch.float32),
@@ -351,14 +368,20 @@ def example_arguments(op: str, device: torch.device | str = "cpu") -> Arguments:
         "estimation_budget": 0.5,
         "estimator": "mean",
         "scale": 1.0,
+        "page_size": page_size,
+        "policy": "lru",
         "op": "wave_estimate",
         "select": "",
+        "seconds": 0.0,
     }
     arguments: Arguments = {}
     for argument in getattr(torch.ops.retro, op).default._schema.arguments:
-        if argument.name in tensors:
+        if argument.has_default_value():
+            arguments[argument.name] = argument.default_value
+        elif argument.name in tensors:
             shape, dtype = tensors[argument.name]
-            arguments[argument.name] = torch.zeros(shape, dtype=dtype, device=device)
+            fill = -1 if argument.name == "retrieved" else 0
+            arguments[argument.name] = torch.full(shape, fill, dtype=dtype, device=device)
         else:
             arguments[argument.name] = numbers[argument.name]
     return arguments

@@ -8,6 +8,8 @@ from retro_ops.ops.decode_attention import decode_attention
 from retro_ops.ops.grow_index import grow_index
 from retro_ops.ops.merged_attention import merged_attention
 from retro_ops.ops.pack_clusters import pack_clusters
+from retro_ops.ops.page_gather import page_gather
+from retro_ops.ops.update_pages import update_pages
 from retro_ops.ops.wave_estimate import wave_estimate
 
 __all__ = [
@@ -18,5 +20,7 @@ __all__ = [
     "grow_index",
     "merged_attention",
     "pack_clusters",
+    "page_gather",
+    "update_pages",
     "wave_estimate",
 ]

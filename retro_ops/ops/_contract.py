@@ -24,6 +24,34 @@ class Counter(IntEnum):
     STEPS = 5
     DROPPED_TOKENS = 6
     FINISHED_HEADS = 7
+    PAGE_HITS = 8
+    PAGE_MISSES = 9
+    MISSED_TOKENS = 10
+    ADMISSIONS = 11
+    EVICTIONS = 12
+    LATE_DECISIONS = 13
+
+
+class FreeHeader(IntEnum):
+    """Columns before the pages of `free_pages`; these three are as in `csrc/page_cache.h`."""
+
+    STEP = 0
+    COUNT = 1
+
+
+class RequestHeader(IntEnum):
+    """Columns before the ids of `requests`."""
+
+    STEP = 0
+    FREE = 1
+    MISSED = 2
+
+
+class DecisionHeader(IntEnum):
+    """Columns before the clusters of `decisions`."""
+
+    STEP = 0
+    COUNT = 1
 
 
 def cluster_count(tokens: int, cluster_size: int) -> int:
@@ -146,6 +174,28 @@ def check_counters(op: str, counters: Tensor, rows: int) -> None:
     check_shape(op, "counters", counters, "B, columns", (rows, len(Counter)))
     check_dtype(op, "counters", counters, torch.int64)
     check_contiguous(op, "counters", counters)
+
+
+def check_pages(
+    op: str,
+    pages: Tensor,
+    page_size: int,
+    store: Tensor,
+) -> int:
+    """Checks a page cache `[2, B, Hkv, P * page_size, D]` against the store; returns P."""
+    check_at_least(op, "page_size", page_size, 1, " token")
+    rows, heads, _, head_dim = store.shape[1:]
+    letters = "2, B, Hkv, P * page_size, D"
+    check_shape(op, "pages", pages, letters, (2, rows, heads, None, head_dim))
+    check_dtype(op, "pages", pages, store.dtype)
+    torch._check(
+        pages.shape[3] % page_size == 0,
+        lambda: (
+            f"{op}: pages must hold a multiple of page_size ({page_size}) tokens, "
+            f"got {pages.shape[3]}"
+        ),
+    )
+    return pages.shape[3] // page_size
 
 
 def check_heads(op: str, query_heads: int, kv_heads: int) -> None:
@@ -271,7 +321,8 @@ def refuse_backward(op: str, differentiable: Sequence[int], arguments: int) -> N
         grad = next(grad for grad in grads if grad is not None and grad.is_floating_point())
         results: list[Any] = [None] * arguments
         for position, tensor in zip(differentiable, ctx.saved_tensors, strict=True):
-            results[position] = torch.ops.retro.no_backward(grad, tensor, op)
+            if tensor is not None:  # an optional argument
+                results[position] = torch.ops.retro.no_backward(grad, tensor, op)
         return tuple(results)
 
     torch.library.register_autograd(f"retro::{op}", backward, setup_context=setup_context)

@@ -1,0 +1,122 @@
+// Looks the retrieved clusters up in the page cache, and brings in those that it has room for.
+//
+// All that a (row, head) needs is its own, and each part is a sum over what comes before: missing pages of
+// better ranks, pages freed by earlier decisions. So the order of threads decides nothing, on any device.
+#pragma once
+
+#include "page_cache.h"
+
+namespace retro {
+
+struct PageGatherParams {
+  DType dtype;
+  int64_t batch, heads, head_dim, page_size;                           // B, Hkv, D, S
+  int64_t retrieved_clusters, clusters, store_tokens, pages, entries;  // R, C, N, P, N / S + C
+  const int32_t* retrieved;                                            // [B, Hkv, R]; -1: none
+  const int32_t* offsets;                                              // [B, Hkv, C + 1]
+  Rows store_keys, store_values;                                       // [B, Hkv, N, D]
+  Rows page_keys, page_values;                                         // [B, Hkv, P * S, D]
+  int32_t* page_table;                                                 // [B, Hkv, N / S + C]
+  int32_t* free_pages;                                                 // [B, Hkv, kFreeHeader + P]
+  const int32_t* decisions;  // [B, Hkv, kDecisionHeader + P]
+  int32_t* requests;         // [B, Hkv, kRequestHeader + R]
+  uint8_t* cached;           // [B, Hkv, C]
+  int64_t* counters;         // [B, kCounters]
+  int64_t* addresses;        // [B, Hkv, R, 3]: first slot, number of tokens, first page table entry
+};
+
+inline Call<PageGatherParams> page_gather_call(
+    const Tensor& retrieved,
+    const Tensor& offsets,
+    const Tensor& store,
+    const Tensor& pages,
+    const Tensor& page_table,
+    const Tensor& free_pages,
+    const Tensor& decisions,
+    const Tensor& requests,
+    const Tensor& cached,
+    const Tensor& counters,
+    int64_t page_size,
+    Tensor& addresses) {
+  constexpr const char* kOp = "page_gather";
+  check_shape(kOp, "retrieved", retrieved, "B, Hkv, R", {kAny, kAny, kAny});
+  check_dtype(kOp, "retrieved", retrieved, ScalarType::Int);
+  const int64_t batch = retrieved.size(0), heads = retrieved.size(1);
+  const int64_t ranks = retrieved.size(2);
+  check_shape(kOp, "offsets", offsets, "B, Hkv, C + 1", {batch, heads, kAny});
+  check_dtype(kOp, "offsets", offsets, ScalarType::Int);
+  check(offsets.size(2) >= 1, kOp, "offsets must hold C + 1 >= 1 entries, got 0");
+  const int64_t clusters = offsets.size(2) - 1;
+  check_shape(kOp, "store", store, "2, B, Hkv, N, D", {2, batch, heads, kAny, kAny});
+  check_element_dtype(kOp, "store", store);
+  const int64_t head_dim = store.size(4);
+  check_head_dim(kOp, head_dim);
+  check(page_size >= 1, kOp, "page_size must be at least 1 token, got ", page_size);
+  check_shape(
+      kOp, "pages", pages, "2, B, Hkv, P * page_size, D", {2, batch, heads, kAny, head_dim});
+  check_dtype(kOp, "pages", pages, store.scalar_type());
+  check_rows(kOp, "pages", pages);
+  check(
+      pages.size(3) % page_size == 0, kOp, "pages must hold a multiple of page_size (", page_size,
+      ") tokens, got ", pages.size(3));
+  const int64_t count = pages.size(3) / page_size, entries = store.size(3) / page_size + clusters;
+  check_shape(kOp, "page_table", page_table, "B, Hkv, N / page_size + C", {batch, heads, entries});
+  check_dtype(kOp, "page_table", page_table, ScalarType::Int);
+  check_contiguous(kOp, "page_table", page_table);
+  check_shape(kOp, "free_pages", free_pages, "B, Hkv, 2 + P", {batch, heads, kFreeHeader + count});
+  check_dtype(kOp, "free_pages", free_pages, ScalarType::Int);
+  check_contiguous(kOp, "free_pages", free_pages);
+  check_shape(
+      kOp, "decisions", decisions, "B, Hkv, 2 + P", {batch, heads, kDecisionHeader + count});
+  check_dtype(kOp, "decisions", decisions, ScalarType::Int);
+  check_contiguous(kOp, "decisions", decisions);
+  check_shape(kOp, "requests", requests, "B, Hkv, 3 + R", {batch, heads, kRequestHeader + ranks});
+  check_dtype(kOp, "requests", requests, ScalarType::Int);
+  check_contiguous(kOp, "requests", requests);
+  check_shape(kOp, "cached", cached, "B, Hkv, C", {batch, heads, clusters});
+  check_dtype(kOp, "cached", cached, ScalarType::Byte);
+  check_contiguous(kOp, "cached", cached);
+  check_counters(kOp, counters, batch);
+  check_device(kOp, "offsets", offsets, retrieved, "retrieved");
+  check_device(kOp, "store", store, retrieved, "retrieved");
+  check_device(kOp, "pages", pages, retrieved, "retrieved");
+  check_device(kOp, "page_table", page_table, retrieved, "retrieved");
+  check_device(kOp, "free_pages", free_pages, retrieved, "retrieved");
+  check_device(kOp, "decisions", decisions, retrieved, "retrieved");
+  check_device(kOp, "requests", requests, retrieved, "retrieved");
+  check_device(kOp, "cached", cached, retrieved, "retrieved");
+  check_device(kOp, "counters", counters, retrieved, "retrieved");
+
+  addresses = torch::stable::new_empty(retrieved, {batch, heads, ranks, 3}, ScalarType::Long);
+  Call<PageGatherParams> call;
+  PageGatherParams& params = call.params;
+  params.dtype = element_dtype(store);
+  params.batch = batch;
+  params.heads = heads;
+  params.head_dim = head_dim;
+  params.page_size = page_size;
+  params.retrieved_clusters = ranks;
+  params.clusters = clusters;
+  params.store_tokens = store.size(3);
+  params.pages = count;
+  params.entries = entries;
+  params.retrieved =
+      static_cast<const int32_t*>(call.hold(torch::stable::contiguous(retrieved)).data_ptr());
+  params.offsets =
+      static_cast<const int32_t*>(call.hold(torch::stable::contiguous(offsets)).data_ptr());
+  const Tensor readable_store = call.hold(readable(store));
+  params.store_keys = half_of(readable_store, 0);
+  params.store_values = half_of(readable_store, 1);
+  params.page_keys = half_of(pages, 0);
+  params.page_values = half_of(pages, 1);
+  params.page_table = static_cast<int32_t*>(page_table.data_ptr());
+  params.free_pages = static_cast<int32_t*>(free_pages.data_ptr());
+  params.decisions = static_cast<const int32_t*>(decisions.data_ptr());
+  params.requests = static_cast<int32_t*>(requests.data_ptr());
+  params.cached = static_cast<uint8_t*>(cached.data_ptr());
+  params.counters = static_cast<int64_t*>(counters.data_ptr());
+  params.addresses = static_cast<int64_t*>(addresses.data_ptr());
+  return call;
+}
+
+}  // namespace retro

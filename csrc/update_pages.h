@@ -1,0 +1,58 @@
+// Which clusters may leave the page cache, the one least likely to be missed first.
+#pragma once
+
+#include <string>
+
+#include "update_pages_cpu.h"
+
+namespace retro {
+
+inline Call<UpdatePagesParams> update_pages_call(
+    const Tensor& requests,
+    const Tensor& cached,
+    const Tensor& history,
+    const Tensor& decisions,
+    const std::string& policy) {
+  constexpr const char* kOp = "update_pages";
+  check_shape(kOp, "requests", requests, "B, Hkv, 3 + R", {kAny, kAny, kAny});
+  check_dtype(kOp, "requests", requests, ScalarType::Int);
+  check_contiguous(kOp, "requests", requests);
+  const int64_t batch = requests.size(0), heads = requests.size(1);
+  check(
+      requests.size(2) >= kRequestHeader, kOp, "requests must hold 3 + R >= 3 columns, got ",
+      requests.size(2));
+  check_shape(kOp, "cached", cached, "B, Hkv, C", {batch, heads, kAny});
+  check_dtype(kOp, "cached", cached, ScalarType::Byte);
+  check_contiguous(kOp, "cached", cached);
+  const int64_t clusters = cached.size(2);
+  check_shape(kOp, "history", history, "B, Hkv, C + 1, 2", {batch, heads, clusters + 1, 2});
+  check_dtype(kOp, "history", history, ScalarType::Long);
+  check_contiguous(kOp, "history", history);
+  check_shape(kOp, "decisions", decisions, "B, Hkv, 2 + P", {batch, heads, kAny});
+  check_dtype(kOp, "decisions", decisions, ScalarType::Int);
+  check_contiguous(kOp, "decisions", decisions);
+  check(
+      decisions.size(2) >= kDecisionHeader, kOp, "decisions must hold 2 + P >= 2 columns, got ",
+      decisions.size(2));
+  check_device(kOp, "cached", cached, requests, "requests");
+  check_device(kOp, "history", history, requests, "requests");
+  check_device(kOp, "decisions", decisions, requests, "requests");
+
+  Call<UpdatePagesParams> call;
+  UpdatePagesParams& params = call.params;
+  check(
+      find_policy(policy, params.policy), kOp, "policy must be one of ", policy_names(), ", got '",
+      policy, "'");
+  params.tasks = batch * heads;
+  params.retrieved_clusters = requests.size(2) - kRequestHeader;
+  params.clusters = clusters;
+  params.pages = decisions.size(2) - kDecisionHeader;
+  params.requests = static_cast<const int32_t*>(requests.data_ptr());
+  params.cached = static_cast<const uint8_t*>(cached.data_ptr());
+  params.history = static_cast<int64_t*>(history.data_ptr());
+  params.decisions = static_cast<int32_t*>(decisions.data_ptr());
+  for (const Tensor& tensor : {requests, cached, history, decisions}) call.hold(tensor);
+  return call;
+}
+
+}  // namespace retro
