@@ -85,12 +85,16 @@ def assert_same_state(layer: RetroLayer, other: RetroLayer) -> None:
             ("centroids", 2, clusters),
             ("offsets", 1, clusters + 1),
             ("variances", 1, clusters),
-            ("residuals", 1, layer.head_dim),
+            ("totals", 2, layer.head_dim),
         ):
             pair = []
             for each in (layer, other):
                 buffer = each.get_buffer(name)
-                own = buffer[:, row] if buffer.dim() == 5 else buffer[row]
+                own = (
+                    buffer[:, row]
+                    if name in ("steady", "store", "centroids", "totals")
+                    else buffer[row]
+                )
                 pair.append(own.narrow(axis, 0, used))
             assert_same(*pair, f"{name} of row {row}")
 

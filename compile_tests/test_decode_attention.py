@@ -34,8 +34,8 @@ from retro_ops.testing import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WITH_HEAD_DIM = ("query", "steady", "store", "centroids", "residuals")
-INDEX = ("centroids", "offsets", "variances", "residuals")
+WITH_HEAD_DIM = ("query", "steady", "store", "centroids", "totals")
+INDEX = ("centroids", "offsets", "variances", "totals")
 NUMBERS = (
     "max_retrieved",
     "retrieval_budget",
@@ -78,7 +78,8 @@ def make(
     centroids[:, sizes == 0] = 0.0
     magnitude = MAGNITUDES[variant.magnitude]
     variances = torch.rand(*groups, capacity, generator=generator) * magnitude**2
-    residuals = torch.rand(*groups, variant.head_dim, generator=generator)
+    totals = torch.rand(2, *groups, variant.head_dim, generator=generator)
+    totals[1] *= magnitude * offsets[..., -1:]
     query = variant.normal(
         generator, variant.rows, variant.heads * variant.groups, variant.head_dim
     )
@@ -89,8 +90,12 @@ def make(
         "centroids": in_layout(centroids, variant.layout),
         "offsets": in_layout(offsets, variant.layout),
         "variances": in_layout(variances, variant.layout),
-        "residuals": in_layout(residuals, variant.layout),
-        "counters": variant.counters(steady_tokens=held, clusters=live),
+        "totals": in_layout(totals, variant.layout),
+        "counters": variant.counters(
+            steady_tokens=held,
+            clusters=live,
+            indexed_tokens=[cluster_tokens * count for count in live],
+        ),
         "max_retrieved": room + retrieved_count(retrieval_budget, min_retrieved_clusters, capacity),
         "retrieval_budget": retrieval_budget,
         "min_retrieved_clusters": min_retrieved_clusters,
@@ -276,12 +281,12 @@ def refusable(device: str) -> Arguments:
             "variances must be torch.float32, got torch.float16",
         ),
         (
-            {"residuals": torch.zeros(2, 2, 80)},
-            "residuals must be [B, Hkv, D] = [2, 2, 64], got [2, 2, 80]",
+            {"totals": torch.zeros(2, 2, 2, 80)},
+            "totals must be [2, B, Hkv, D] = [2, 2, 2, 64], got [2, 2, 2, 80]",
         ),
         (
-            {"residuals": torch.zeros(2, 2, 64, dtype=torch.float64)},
-            "residuals must be torch.float32, got torch.float64",
+            {"totals": torch.zeros(2, 2, 2, 64, dtype=torch.float64)},
+            "totals must be torch.float32, got torch.float64",
         ),
         (
             {"counters": torch.zeros(2, 1, dtype=torch.int64)},

@@ -27,7 +27,8 @@ from retro_ops.testing import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-INDEX = ("store", "centroids", "offsets", "variances", "residuals", "counters")
+INDEX = ("store", "centroids", "offsets", "variances", "totals", "counters")
+WITH_HALVES = ("store", "centroids", "totals")  # [2, B, ...]
 
 
 def updates_of(arguments: Arguments, steady_tokens: int) -> int:
@@ -81,7 +82,7 @@ def make(
         "centroids": in_layout(centroids, variant.writable_layout),
         "offsets": torch.full((*groups, capacity + 1), 77, dtype=torch.int32),
         "variances": torch.rand(*groups, capacity, generator=generator),
-        "residuals": torch.rand(*groups, variant.head_dim, generator=generator),
+        "totals": torch.rand(2, *groups, variant.head_dim, generator=generator),
         "counters": variant.counters(
             steady_tokens=held,
             indexed_tokens=[first for first, _ in indexed],
@@ -106,13 +107,13 @@ def composed(arguments: Arguments) -> None:
             )
             index = {
                 name: arguments[name][:, row : row + 1].clone()
-                if name in ("store", "centroids")
+                if name in WITH_HALVES
                 else arguments[name][row : row + 1].clone()
                 for name in INDEX
             }
             pack_clusters(keys, values, assignment, **index, cluster_size=arguments["cluster_size"])
             for name, value in index.items():
-                if name in ("store", "centroids"):
+                if name in WITH_HALVES:
                     arguments[name][:, row : row + 1] = value
                 else:
                     arguments[name][row : row + 1] = value
@@ -186,8 +187,8 @@ def refusable(device: str) -> Arguments:
             "variances must be [B, Hkv, C] = [2, 2, 8], got [2, 2, 9]",
         ),
         (
-            {"residuals": torch.zeros(2, 64, 2).transpose(1, 2)},
-            "residuals must be contiguous",
+            {"totals": torch.zeros(2, 2, 64, 2).transpose(2, 3)},
+            "totals must be contiguous",
         ),
         (
             {"counters": torch.zeros(3, 6, dtype=torch.int64)},
@@ -321,14 +322,29 @@ def test_more_tokens_than_a_row_holds_are_never_indexed(device: str, name: str) 
             assert_same(arguments[tensor], before[tensor], tensor)
 
 
+def test_values_are_summed_over_what_is_indexed(device: str) -> None:
+    """Small whole numbers, whose sums are exact."""
+    variant = Variant(dtype=torch.bfloat16, device=device)
+    arguments = make(variant, [21, 12], [(0, 0), (10, 3)])
+    values, before = arguments["steady"][1], arguments["totals"][1]
+    values.copy_(torch.randint(-9, 10, values.shape, generator=variant.generator))
+    before.copy_(torch.randint(-99, 100, before.shape, generator=variant.generator))
+    expected = before.clone()
+    expected[0] += values[0, :, 2:18].float().sum(dim=1)
+    for kernels in every_kernel(device):
+        actual = on_device(arguments, device)
+        grow_index(**actual)
+        assert_same(actual["totals"][1].cpu(), expected, kernels)
+
+
 def test_other_rows_are_untouched(device: str) -> None:
     arguments = on_device(make(Variant(), [13, 12], [(0, 0), (10, 3)]), device)
     before = on_device(arguments, device)
     grow_index(**arguments)
     assert_same(arguments["steady"][:, 1], before["steady"][:, 1], "steady")
-    for name in ("store", "centroids"):
+    for name in WITH_HALVES:
         assert_same(arguments[name][:, 1], before[name][:, 1], name)
-    for name in ("offsets", "variances", "residuals", "counters"):
+    for name in ("offsets", "variances", "counters"):
         assert_same(arguments[name][1], before[name][1], name)
 
 

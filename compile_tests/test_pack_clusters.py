@@ -33,7 +33,7 @@ from retro_ops.testing import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 COPIED = ("store", "offsets", "counters")
-COMPUTED = ("centroids", "variances", "residuals")
+COMPUTED = ("centroids", "variances", "totals")
 
 
 def random_assignment(variant: Variant, tokens: int, packed: list[int], clusters: int) -> Tensor:
@@ -83,7 +83,7 @@ def make(
         "centroids": in_layout(centroids, variant.writable_layout),
         "offsets": torch.full((*groups, most_clusters + room + 1), 77, dtype=torch.int32),
         "variances": torch.rand(*groups, most_clusters + room, generator=generator),
-        "residuals": torch.rand(*groups, variant.head_dim, generator=generator),
+        "totals": torch.rand(2, *groups, variant.head_dim, generator=generator),
         "counters": variant.counters(
             indexed_tokens=[first for first, _ in held], clusters=[first for _, first in held]
         ),
@@ -94,7 +94,7 @@ def make(
 def plain_runs(arguments: Arguments) -> dict[str, Tensor]:
     """What the reference computes in several orders of summation, stacked."""
     runs: dict[str, list[Tensor]] = {name: [] for name in COMPUTED}
-    with_head_dim = ("keys", "values", "store", "centroids", "residuals")
+    with_head_dim = ("keys", "values", "store", "centroids", "totals")
     for run, back in in_orders_of_head_dim(arguments, with_head_dim):
         reference(**run)
         for name in COMPUTED:
@@ -233,16 +233,16 @@ def refusable(device: str) -> Arguments:
             "variances must be contiguous",
         ),
         (
-            {"residuals": torch.zeros(2, 2, 32)},
-            "residuals must be [B, Hkv, D] = [2, 2, 64], got [2, 2, 32]",
+            {"totals": torch.zeros(2, 2, 32)},
+            "totals must be [2, B, Hkv, D] = [2, 2, 2, 64], got [2, 2, 32]",
         ),
         (
-            {"residuals": torch.zeros(2, 2, 64, dtype=torch.bfloat16)},
-            "residuals must be torch.float32, got torch.bfloat16",
+            {"totals": torch.zeros(2, 2, 2, 64, dtype=torch.bfloat16)},
+            "totals must be torch.float32, got torch.bfloat16",
         ),
         (
-            {"residuals": torch.zeros(2, 64, 2).transpose(1, 2)},
-            "residuals must be contiguous",
+            {"totals": torch.zeros(2, 2, 64, 2).transpose(2, 3)},
+            "totals must be contiguous",
         ),
         (
             {"counters": torch.zeros(1, 6, dtype=torch.int64)},
@@ -382,12 +382,29 @@ def test_two_pieces_are_the_whole(device: str, dtype: torch.dtype, layout: str) 
         index(pieces, 32, 64)
         for name in (*COPIED, "centroids", "variances"):
             assert_same(pieces[name], whole[name], f"{kernels}: {name}")
-        # CUDA kernels sum many clusters at once; positive numbers, in another order.
+        # CUDA kernels sum many clusters at once, in another order; squares are positive.
         if device == "cpu":
-            assert_same(pieces["residuals"], whole["residuals"], f"{kernels}: residuals")
-        torch.testing.assert_close(
-            pieces["residuals"], whole["residuals"], rtol=2.0**-20, atol=0.0, msg=kernels
-        )
+            assert_same(pieces["totals"], whole["totals"], f"{kernels}: totals")
+        residuals, value_sums = zip(pieces["totals"], whole["totals"], strict=True)
+        torch.testing.assert_close(*residuals, rtol=2.0**-20, atol=0.0, msg=kernels)
+        largest = 1.0 + float(arguments["values"].float().abs().sum(dim=2).max())
+        torch.testing.assert_close(*value_sums, rtol=0.0, atol=2.0**-20 * largest, msg=kernels)
+
+
+@pytest.mark.parametrize("dtype", ELEMENT_DTYPES, ids=str)
+def test_values_are_summed_over_what_is_packed(device: str, dtype: torch.dtype) -> None:
+    """Small whole numbers, whose sums are exact; tokens left out do not count."""
+    variant = Variant(dtype=dtype, device=device)
+    arguments = make(variant, 60, [17, 55], [(0, 0), (12, 3)], 7)
+    values, before = arguments["values"], arguments["totals"][1]
+    values.copy_(torch.randint(-9, 10, values.shape, generator=variant.generator))
+    before.copy_(torch.randint(-99, 100, before.shape, generator=variant.generator))
+    packed = (arguments["assignment"] >= 0)[..., None]
+    expected = before + (values.float() * packed).sum(dim=2)
+    for kernels in every_kernel(device):
+        actual = on_device(arguments, device)
+        pack_clusters(**actual)
+        assert_same(actual["totals"][1].cpu(), expected, kernels)
 
 
 @settings(deadline=None, derandomize=True, max_examples=10)

@@ -33,7 +33,8 @@ from retro_ops.testing import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLOAT32_ROUNDING = 2.0**-24
-WITH_HEAD_DIM = ("query", "centroids", "residuals")
+WITH_HEAD_DIM = ("query", "centroids", "totals")
+INDEXED = ("query", "centroids", "offsets", "variances", "totals", "counters")
 
 
 def make(
@@ -69,13 +70,16 @@ def make(
     variances = torch.rand(*groups, capacity, generator=generator) * magnitude**2
     residuals = torch.rand(*groups, variant.head_dim, generator=generator)
     residuals[:, -1] *= float(variant.seed % 2)  # a head whose keys are all alike
+    tokens = [15 * count for count in live]
+    value_sums = torch.randn(*groups, variant.head_dim, generator=generator) * magnitude
+    value_sums *= torch.tensor(tokens).view(-1, 1, 1)
     return {
         "query": in_layout(query, variant.layout),
         "centroids": in_layout(centroids, variant.layout),
         "offsets": in_layout(offsets, variant.layout),
         "variances": in_layout(variances, variant.layout),
-        "residuals": in_layout(residuals, variant.layout),
-        "counters": variant.counters(clusters=live),
+        "totals": in_layout(torch.stack((residuals, value_sums)), variant.layout),
+        "counters": variant.counters(clusters=live, indexed_tokens=tokens),
         "max_retrieved": room + retrieved_count(retrieval_budget, min_retrieved_clusters, capacity),
         "retrieval_budget": retrieval_budget,
         "min_retrieved_clusters": min_retrieved_clusters,
@@ -155,9 +159,8 @@ def assert_retrieves_the_best(
 
 
 def assert_matches(arguments: Arguments, device: str) -> None:
-    keys = ("query", "centroids", "offsets", "variances", "residuals", "counters")
     score = reference_scores(
-        *(arguments[name] for name in keys), arguments["estimator"], arguments["scale"]
+        *(arguments[name] for name in INDEXED), arguments["estimator"], arguments["scale"]
     ).score
     _, exact, exact_lse = reference(**arguments)
     runs = [
@@ -221,6 +224,104 @@ def test_matches_reference(
     assert_matches(arguments, device)
 
 
+@pytest.mark.parametrize("dtype", ELEMENT_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("live", "budgets"),
+    [
+        ([33, 17], (0.0, 0, 0.0)),
+        ([33, 17], (0.2, 1, 0.0)),
+        ([10, 10], (0.3, 1, 0.6)),
+        ([1300, 600], (0.02, 4, 0.1)),
+    ],
+    ids=["all of it", "none estimated", "one cluster", "long"],
+)
+def test_tail(
+    device: str, dtype: torch.dtype, live: list[int], budgets: tuple[float, int, float]
+) -> None:
+    """All clusters count: lse is that of all masses but the retrieved ones."""
+    retrieval, least, estimation = budgets
+    arguments = make(
+        Variant(dtype=dtype, groups=3, seed=1),
+        live,
+        retrieval_budget=retrieval,
+        min_retrieved_clusters=least,
+        estimation_budget=estimation,
+        empty=0.0,
+    )
+    assert_matches(arguments, device)
+    log_mass = reference_scores(
+        *(arguments[name] for name in INDEXED), arguments["estimator"], arguments["scale"]
+    ).log_mass
+    given = on_device(arguments, device)
+    for kernels in every_kernel(device):
+        retrieved, _, lse = (result.cpu() for result in wave_estimate(**given))
+        for row in range(2):
+            ids = retrieved[row, :, None, : counts(arguments, row)[0]].long().expand(-1, 3, -1)
+            left = log_mass[row].scatter(2, ids, -torch.inf).logsumexp(dim=2).flatten()
+            assert (lse[row] - left).abs().max() < 1e-4, kernels
+
+
+@pytest.mark.parametrize("estimation_budget", [0.0, 0.25, 1.0])
+def test_equal_values_are_the_estimate(device: str, estimation_budget: float) -> None:
+    """Whatever the masses are, and whatever stands for them."""
+    arguments = make(Variant(groups=3), [90, 40], estimation_budget=estimation_budget, empty=0.0)
+    value = torch.arange(1.0, 65.0)
+    arguments["centroids"][1] = value
+    tokens = arguments["counters"][:, Counter.INDEXED_TOKENS].view(2, 1, 1)
+    arguments["totals"][1] = value * tokens
+    given = on_device(arguments, device)
+    for kernels in every_kernel(device):
+        _, estimate, _ = wave_estimate(**given)
+        error = (estimate.cpu() - value).abs() / value
+        assert error.max() < 2.0**-20, kernels
+
+
+def test_tail_has_the_mean_of_all_values(device: str) -> None:
+    """Whatever its own mean values are."""
+    arguments = make(Variant(rows=1), [10], retrieval_budget=0.3, estimation_budget=0.6, empty=0.0)
+    score = reference_scores(
+        *(arguments[name] for name in INDEXED), arguments["estimator"], arguments["scale"]
+    ).score
+    worst = score[0, :, :10].argmin(dim=1)
+    unread, doubled = on_device(arguments, "cpu"), on_device(arguments, "cpu")
+    unread["centroids"][1, 0, torch.arange(2), worst] = torch.nan
+    doubled["totals"][1] *= 2
+    arguments, unread, doubled = (
+        on_device(given, device) for given in (arguments, unread, doubled)
+    )
+    for kernels in every_kernel(device):
+        expected = wave_estimate(**arguments)
+        for actual, result in zip(wave_estimate(**unread), expected, strict=True):
+            assert_same(actual, result, kernels)
+        assert bool((wave_estimate(**doubled)[1] != expected[1]).any(dim=-1).all()), kernels
+
+
+@pytest.mark.parametrize(
+    ("estimator", "retrieval_budget", "estimation_budget"),
+    [("mean", 0.0, 0.0), ("mean", 0.2, 0.3), ("variance", 1.0, 0.3), ("variance", 0.2, 1.0)],
+)
+def test_without_a_tail_the_mean_of_all_values_is_not_used(
+    device: str, estimator: str, retrieval_budget: float, estimation_budget: float
+) -> None:
+    arguments = make(
+        Variant(),
+        [40, 25],
+        estimator=estimator,
+        retrieval_budget=retrieval_budget,
+        estimation_budget=estimation_budget,
+    )
+    others = on_device(arguments, "cpu")
+    others["totals"][1] = torch.nan
+    arguments, others = on_device(arguments, device), on_device(others, device)
+    for kernels in every_kernel(device):
+        expected = wave_estimate(**arguments)
+        for actual, result in zip(wave_estimate(**others), expected, strict=True):
+            assert_same(actual, result, kernels)
+        if retrieval_budget == 1.0 or estimation_budget == 0.0:
+            assert bool((expected[1] == 0.0).all()), kernels
+            assert bool((expected[2] == -torch.inf).all()), kernels
+
+
 def refusable(device: str) -> Arguments:
     return on_device(make(Variant(), [9, 7]), device)
 
@@ -273,12 +374,12 @@ def refusable(device: str) -> Arguments:
             "variances must be torch.float32, got torch.float16",
         ),
         (
-            {"residuals": torch.zeros(2, 2, 80)},
-            "residuals must be [B, Hkv, D] = [2, 2, 64], got [2, 2, 80]",
+            {"totals": torch.zeros(2, 2, 2, 80)},
+            "totals must be [2, B, Hkv, D] = [2, 2, 2, 64], got [2, 2, 2, 80]",
         ),
         (
-            {"residuals": torch.zeros(2, 2, 64, dtype=torch.float64)},
-            "residuals must be torch.float32, got torch.float64",
+            {"totals": torch.zeros(2, 2, 2, 64, dtype=torch.float64)},
+            "totals must be torch.float32, got torch.float64",
         ),
         (
             {"counters": torch.zeros(2, 1, dtype=torch.int64)},
@@ -368,9 +469,8 @@ def test_estimates_any_index(
     device: str, variant: Variant, live: list[int], strength: float, **numbers: object
 ) -> None:
     arguments = make(variant, live[: variant.rows], strength=strength, **numbers)
-    keys = ("query", "centroids", "offsets", "variances", "residuals", "counters")
     score = reference_scores(
-        *(arguments[name] for name in keys), arguments["estimator"], arguments["scale"]
+        *(arguments[name] for name in INDEXED), arguments["estimator"], arguments["scale"]
     ).score
     assume(is_clear_cut(arguments, score))
     assert_matches(arguments, device)
@@ -433,7 +533,7 @@ def test_backward_says_that_there_is_none(device: str) -> None:
         r"under torch.no_grad\(\), or train with attn_implementation='sdpa'$"
     )
     for op in (wave_estimate, torch.compile(wave_estimate, fullgraph=True, backend="aot_eager")):
-        for name in ("query", "centroids", "variances", "residuals"):
+        for name in ("query", "centroids", "variances", "totals"):
             torch._dynamo.reset()
             arguments = refusable(device)
             arguments[name].requires_grad_()

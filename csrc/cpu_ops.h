@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor> wave_estimate(
     const Tensor& centroids,
     const Tensor& offsets,
     const Tensor& variances,
-    const Tensor& residuals,
+    const Tensor& totals,
     const Tensor& counters,
     int64_t max_retrieved,
     double retrieval_budget,

@@ -14,7 +14,7 @@ Tensor decode_attention(
     const Tensor& centroids,
     const Tensor& offsets,
     const Tensor& variances,
-    const Tensor& residuals,
+    const Tensor& totals,
     const Tensor& counters,
     int64_t max_retrieved,
     double retrieval_budget,
@@ -24,8 +24,8 @@ Tensor decode_attention(
     double scale) {
   // As on CUDA. What depends on values the three ops check.
   const Call<WaveEstimateParams> call = wave_estimate_call(
-      kOp, query, centroids, offsets, variances, residuals, counters, max_retrieved,
-      retrieval_budget, min_retrieved_clusters, estimation_budget, estimator, scale);
+      kOp, query, centroids, offsets, variances, totals, counters, max_retrieved, retrieval_budget,
+      min_retrieved_clusters, estimation_budget, estimator, scale);
   const int64_t batch = query.size(0), heads = call.params.heads, head_dim = query.size(2);
   check_shape(kOp, "steady", steady, "2, B, Hkv, S, D", {2, batch, heads, kAny, head_dim});
   check_dtype(kOp, "steady", steady, query.scalar_type());
@@ -34,7 +34,7 @@ Tensor decode_attention(
   check_dtype(kOp, "store", store, query.scalar_type());
   check_device(kOp, "store", store, query, "query");
   const auto [retrieved, estimate, estimate_lse] = wave_estimate(
-      query, centroids, offsets, variances, residuals, counters, max_retrieved, retrieval_budget,
+      query, centroids, offsets, variances, totals, counters, max_retrieved, retrieval_budget,
       min_retrieved_clusters, estimation_budget, estimator, scale);
   Tensor counted = torch::stable::clone(counters);  // a refusal changes nothing
   const Tensor addresses = cluster_gather(retrieved, offsets, counted);

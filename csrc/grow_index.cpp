@@ -13,7 +13,7 @@ void grow_index(
     const Tensor& centroids,
     const Tensor& offsets,
     const Tensor& variances,
-    const Tensor& residuals,
+    const Tensor& totals,
     const Tensor& counters,
     int64_t sink_tokens,
     int64_t local_tokens,
@@ -21,7 +21,7 @@ void grow_index(
     int64_t cluster_size,
     int64_t iterations) {
   const Call<GrowIndexParams> call = grow_index_call(
-      steady, store, centroids, offsets, variances, residuals, counters, sink_tokens, local_tokens,
+      steady, store, centroids, offsets, variances, totals, counters, sink_tokens, local_tokens,
       update_segment, cluster_size, iterations);
   const GrowIndexParams& params = call.params;
 

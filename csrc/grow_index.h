@@ -20,7 +20,7 @@ inline Call<GrowIndexParams> grow_index_call(
     const Tensor& centroids,
     const Tensor& offsets,
     const Tensor& variances,
-    const Tensor& residuals,
+    const Tensor& totals,
     const Tensor& counters,
     int64_t sink_tokens,
     int64_t local_tokens,
@@ -34,8 +34,8 @@ inline Call<GrowIndexParams> grow_index_call(
   const int64_t batch = steady.size(1), heads = steady.size(2), head_dim = steady.size(4);
   check_head_dim(kOp, head_dim);
   check_index(
-      kOp, store, centroids, offsets, variances, residuals, counters, steady, "steady", batch,
-      heads, head_dim);
+      kOp, store, centroids, offsets, variances, totals, counters, steady, "steady", batch, heads,
+      head_dim);
   check(sink_tokens >= 0, kOp, "sink_tokens must not be negative, got ", sink_tokens);
   check(local_tokens >= 0, kOp, "local_tokens must not be negative, got ", local_tokens);
   check(cluster_size >= 1, kOp, "cluster_size must be at least 1 token, got ", cluster_size);
@@ -58,7 +58,7 @@ inline Call<GrowIndexParams> grow_index_call(
   params.update_segment = update_segment;
   params.cluster_size = cluster_size;
   params.iterations = iterations;
-  params.index = index_view(store, centroids, offsets, variances, residuals, counters);
+  params.index = index_view(store, centroids, offsets, variances, totals, counters);
   return call;
 }
 

@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(retro, m) {
       "-> Tensor");
   m.def(
       "pack_clusters(Tensor keys, Tensor values, Tensor assignment, Tensor(a!) store, "
-      "Tensor(b!) centroids, Tensor(c!) offsets, Tensor(d!) variances, Tensor(e!) residuals, "
+      "Tensor(b!) centroids, Tensor(c!) offsets, Tensor(d!) variances, Tensor(e!) totals, "
       "Tensor(f!) counters, int cluster_size) -> ()");
 
   // New tokens.
@@ -22,13 +22,13 @@ STABLE_TORCH_LIBRARY(retro, m) {
       "Tensor(b!) counters, int max_length) -> ()");
   m.def(
       "grow_index(Tensor(a!) steady, Tensor(b!) store, Tensor(c!) centroids, Tensor(d!) offsets, "
-      "Tensor(e!) variances, Tensor(f!) residuals, Tensor(g!) counters, int sink_tokens, "
+      "Tensor(e!) variances, Tensor(f!) totals, Tensor(g!) counters, int sink_tokens, "
       "int local_tokens, int update_segment, int cluster_size, int iterations) -> ()");
 
   // The decode step.
   m.def(
       "wave_estimate(Tensor query, Tensor centroids, Tensor offsets, Tensor variances, "
-      "Tensor residuals, Tensor counters, SymInt max_retrieved, float retrieval_budget, "
+      "Tensor totals, Tensor counters, SymInt max_retrieved, float retrieval_budget, "
       "int min_retrieved_clusters, float estimation_budget, str estimator, float scale) "
       "-> (Tensor, Tensor, Tensor)");
   m.def("cluster_gather(Tensor retrieved, Tensor offsets, Tensor(a!) counters) -> Tensor");
@@ -46,7 +46,7 @@ STABLE_TORCH_LIBRARY(retro, m) {
   m.def(
       "decode_attention(Tensor query, Tensor steady, Tensor store, Tensor centroids, Tensor "
       "offsets, "
-      "Tensor variances, Tensor residuals, Tensor(a!) counters, SymInt max_retrieved, "
+      "Tensor variances, Tensor totals, Tensor(a!) counters, SymInt max_retrieved, "
       "float retrieval_budget, int min_retrieved_clusters, float estimation_budget, str estimator, "
       "float scale) -> Tensor");
 

@@ -18,11 +18,11 @@ void pack_clusters(
     const Tensor& centroids,
     const Tensor& offsets,
     const Tensor& variances,
-    const Tensor& residuals,
+    const Tensor& totals,
     const Tensor& counters,
     int64_t cluster_size) {
   Call<PackClustersParams> call = pack_clusters_call(
-      keys, values, assignment, store, centroids, offsets, variances, residuals, counters,
+      keys, values, assignment, store, centroids, offsets, variances, totals, counters,
       cluster_size);
   PackClustersParams& params = call.params;
   const int64_t batch = params.batch, heads = params.heads, tokens = params.tokens;

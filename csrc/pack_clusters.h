@@ -12,6 +12,7 @@ struct IndexView {
   int32_t* offsets;                     // [B, Hkv, C + 1]: first slot of each cluster in the store
   float* variances;                 // [B, Hkv, C]: mean squared distance of a key to its centroid
   float* residuals;                 // [B, Hkv, D]: squared residuals summed over indexed keys
+  float* value_sums;                // [B, Hkv, D]: values summed over indexed tokens
   int64_t* counters;                // [B, kCounters]
   int64_t heads, clusters, tokens;  // Hkv, C, N
 };
@@ -33,7 +34,7 @@ inline void check_index(
     const Tensor& centroids,
     const Tensor& offsets,
     const Tensor& variances,
-    const Tensor& residuals,
+    const Tensor& totals,
     const Tensor& counters,
     const Tensor& like,
     const char* like_name,
@@ -54,15 +55,15 @@ inline void check_index(
   check_shape(op, "variances", variances, "B, Hkv, C", {batch, heads, clusters});
   check_dtype(op, "variances", variances, ScalarType::Float);
   check_contiguous(op, "variances", variances);
-  check_shape(op, "residuals", residuals, "B, Hkv, D", {batch, heads, head_dim});
-  check_dtype(op, "residuals", residuals, ScalarType::Float);
-  check_contiguous(op, "residuals", residuals);
+  check_shape(op, "totals", totals, "2, B, Hkv, D", {2, batch, heads, head_dim});
+  check_dtype(op, "totals", totals, ScalarType::Float);
+  check_contiguous(op, "totals", totals);
   check_counters(op, counters, batch);
   check_device(op, "store", store, like, like_name);
   check_device(op, "centroids", centroids, like, like_name);
   check_device(op, "offsets", offsets, like, like_name);
   check_device(op, "variances", variances, like, like_name);
-  check_device(op, "residuals", residuals, like, like_name);
+  check_device(op, "totals", totals, like, like_name);
   check_device(op, "counters", counters, like, like_name);
 }
 
@@ -78,7 +79,7 @@ inline IndexView index_view(
     const Tensor& centroids,
     const Tensor& offsets,
     const Tensor& variances,
-    const Tensor& residuals,
+    const Tensor& totals,
     const Tensor& counters) {
   IndexView view;
   view.store_keys = half_of(store, 0);
@@ -87,7 +88,8 @@ inline IndexView index_view(
   view.centroid_values = half_of(centroids, 1);
   view.offsets = static_cast<int32_t*>(offsets.data_ptr());
   view.variances = static_cast<float*>(variances.data_ptr());
-  view.residuals = static_cast<float*>(residuals.data_ptr());
+  view.residuals = static_cast<float*>(totals.data_ptr());
+  view.value_sums = view.residuals + totals.numel() / 2;
   view.counters = static_cast<int64_t*>(counters.data_ptr());
   view.heads = centroids.size(2);
   view.clusters = centroids.size(3);
@@ -103,7 +105,7 @@ inline Call<PackClustersParams> pack_clusters_call(
     const Tensor& centroids,
     const Tensor& offsets,
     const Tensor& variances,
-    const Tensor& residuals,
+    const Tensor& totals,
     const Tensor& counters,
     int64_t cluster_size) {
   constexpr const char* kOp = "pack_clusters";
@@ -119,7 +121,7 @@ inline Call<PackClustersParams> pack_clusters_call(
   check_dtype(kOp, "assignment", assignment, ScalarType::Int);
   check_device(kOp, "assignment", assignment, keys, "keys");
   check_index(
-      kOp, store, centroids, offsets, variances, residuals, counters, keys, "keys", batch, heads,
+      kOp, store, centroids, offsets, variances, totals, counters, keys, "keys", batch, heads,
       head_dim);
   check(cluster_size >= 1, kOp, "cluster_size must be at least 1 token, got ", cluster_size);
 
@@ -136,7 +138,7 @@ inline Call<PackClustersParams> pack_clusters_call(
       static_cast<const int32_t*>(call.hold(torch::stable::contiguous(assignment)).data_ptr());
   params.cluster_size = cluster_size;
   params.packed = nullptr;
-  params.index = index_view(store, centroids, offsets, variances, residuals, counters);
+  params.index = index_view(store, centroids, offsets, variances, totals, counters);
   return call;
 }
 

@@ -33,6 +33,7 @@ inline void pack_tokens(
   int32_t* offsets = index.offsets + (b * index.heads + h) * (index.clusters + 1) + first_cluster;
   float* variances = index.variances + (b * index.heads + h) * index.clusters + first_cluster;
   float* residuals = index.residuals + (b * index.heads + h) * head_dim;
+  float* value_sums = index.value_sums + (b * index.heads + h) * head_dim;
 
   // While tokens are placed, offsets[c + 1] is where the next token of cluster c goes.
   const int32_t first_slot = static_cast<int32_t>(counters[kIndexedTokens]);
@@ -75,6 +76,7 @@ inline void pack_tokens(
     for (int64_t d = 0; d < head_dim; d += kLanes) {
       store(mean_key + d, load(mean_key + d) / size);
       store(centroid_key + d, load(mean_key + d));
+      store(value_sums + d, load(value_sums + d) + load(mean_value + d));
       store(centroid_value + d, load(mean_value + d) / size);
     }
     for (int64_t slot = first; slot < last; ++slot) {

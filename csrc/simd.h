@@ -1,6 +1,6 @@
 // Vectors of float32 as wide as a register, in GCC and Clang vector extensions: one source, compiled once
 // per instruction set (see cpu_avx512.cpp, cpu_avx2.cpp, cpu_portable.cpp). Included inside namespace
-// retro::RETRO_ISA only, after the system headers. head_dim is a multiple of 16, so rows have no tails.
+// retro::RETRO_ISA only, after the system headers. head_dim is a multiple of 16, so rows are whole vectors.
 
 #if RETRO_ISA_LEVEL >= 2
 constexpr int64_t kLanes = 16;

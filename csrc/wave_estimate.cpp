@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> wave_estimate(
     const Tensor& centroids,
     const Tensor& offsets,
     const Tensor& variances,
-    const Tensor& residuals,
+    const Tensor& totals,
     const Tensor& counters,
     int64_t max_retrieved,
     double retrieval_budget,
@@ -27,8 +27,8 @@ std::tuple<Tensor, Tensor, Tensor> wave_estimate(
     std::string estimator,
     double scale) {
   Call<WaveEstimateParams> call = wave_estimate_call(
-      kOp, query, centroids, offsets, variances, residuals, counters, max_retrieved,
-      retrieval_budget, min_retrieved_clusters, estimation_budget, estimator, scale);
+      kOp, query, centroids, offsets, variances, totals, counters, max_retrieved, retrieval_budget,
+      min_retrieved_clusters, estimation_budget, estimator, scale);
   WaveEstimateParams& params = call.params;
   const WaveEstimateResults results = wave_estimate_results(params, query);
   for (int64_t b = 0; b < params.batch; ++b) {

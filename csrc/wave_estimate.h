@@ -1,5 +1,5 @@
 // Scores all clusters of the wave index, chooses those to retrieve, and estimates the next ones from
-// their centroids (RetroInfer, sections 4.1 and 4.2).
+// their centroids (RetroInfer, sections 4.1 and 4.2), all others, the tail, from the mean of all values.
 #pragma once
 
 #include <cmath>
@@ -17,6 +17,7 @@ struct WaveEstimateParams {
   const int32_t* offsets;                            // [B, Hkv, C + 1]
   const float* variances;                            // [B, Hkv, C]
   const float* residuals;                            // [B, Hkv, D]
+  const float* value_sums;                           // [B, Hkv, D]
   const int64_t* counters;                           // [B, kCounters]
   int64_t max_retrieved, min_retrieved_clusters;
   double retrieval_budget, estimation_budget;
@@ -45,7 +46,7 @@ inline Call<WaveEstimateParams> wave_estimate_call(
     const Tensor& centroids,
     const Tensor& offsets,
     const Tensor& variances,
-    const Tensor& residuals,
+    const Tensor& totals,
     const Tensor& counters,
     int64_t max_retrieved,
     double retrieval_budget,
@@ -67,13 +68,13 @@ inline Call<WaveEstimateParams> wave_estimate_call(
   check_dtype(op, "offsets", offsets, ScalarType::Int);
   check_shape(op, "variances", variances, "B, Hkv, C", {batch, heads, clusters});
   check_dtype(op, "variances", variances, ScalarType::Float);
-  check_shape(op, "residuals", residuals, "B, Hkv, D", {batch, heads, head_dim});
-  check_dtype(op, "residuals", residuals, ScalarType::Float);
+  check_shape(op, "totals", totals, "2, B, Hkv, D", {2, batch, heads, head_dim});
+  check_dtype(op, "totals", totals, ScalarType::Float);
   check_counters(op, counters, batch);
   check_device(op, "centroids", centroids, query, "query");
   check_device(op, "offsets", offsets, query, "query");
   check_device(op, "variances", variances, query, "query");
-  check_device(op, "residuals", residuals, query, "query");
+  check_device(op, "totals", totals, query, "query");
   check_device(op, "counters", counters, query, "query");
   check(
       retrieval_budget >= 0.0 && retrieval_budget <= 1.0, op,
@@ -109,7 +110,8 @@ inline Call<WaveEstimateParams> wave_estimate_call(
   params.variances =
       static_cast<const float*>(call.hold(torch::stable::contiguous(variances)).data_ptr());
   params.residuals =
-      static_cast<const float*>(call.hold(torch::stable::contiguous(residuals)).data_ptr());
+      static_cast<const float*>(call.hold(torch::stable::contiguous(totals)).data_ptr());
+  params.value_sums = params.residuals + totals.numel() / 2;
   params.counters = static_cast<const int64_t*>(counters.data_ptr());
   params.max_retrieved = max_retrieved;
   params.min_retrieved_clusters = min_retrieved_clusters;

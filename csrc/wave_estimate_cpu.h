@@ -4,6 +4,8 @@
 //   mass_gi = size_i (1 + v_gi) exp(logit_gi),   v_gi = scale^2 / 2 variance_i sum_d q_gd^2 residual_d,
 // residual normalised to sum to 1 (v = 0 for the paper's estimator). Clusters rank by the mass relative
 // to the row's total, summed over the G queries of a KV head; the paper ranks by exp(logit) alone.
+// The tail, clusters neither retrieved nor estimated, counts with its mass at the mean of all values; the
+// paper has none.
 
 constexpr int64_t kScoreChunk = 256;     // clusters scored by one task
 constexpr int64_t kScoreAhead = 32;      // clusters fetched ahead: hardware stops at every page
@@ -17,12 +19,13 @@ struct WaveMemory {
   QueryOf<T>* query;  // [B * Hkv, G, D]
   float* spread;      // [B * Hkv, G]: v_gi / variance_i
   float* mass;        // [B * Hkv, G, padded]: logits, then masses, then those of estimated clusters
-  float* rank;        // [B * Hkv, padded]: one query's ranking terms
+  float* rank;        // [B * Hkv, padded]: a query's ranking terms; then 1 in the tail
   float* score;       // [B * Hkv, padded]
   uint64_t* keys;     // [B * Hkv, padded]: sort keys
   uint64_t* spare;    // [B * Hkv, padded]: some of them in order
   int32_t* estimated;  // [B * Hkv, padded]: ids of the estimated clusters, ascending
   float* largest;      // [B * Hkv, G]: largest logit
+  double* tail;        // [B * Hkv, G]: mass of the tail
   float* sums;         // [B * Hkv, partials, G, D]
   int64_t* chosen;     // [B * Hkv]: number of estimated clusters
 };
@@ -37,7 +40,7 @@ inline WaveMemory<T> wave_memory(const WaveEstimateParams& params) {
   Scratch& scratch = Scratch::of_this_thread();
   scratch.begin(
       Scratch::bytes<QueryOf<T>>(tasks * groups * params.head_dim) +
-      2 * Scratch::bytes<float>(tasks * groups) +
+      2 * Scratch::bytes<float>(tasks * groups) + Scratch::bytes<double>(tasks * groups) +
       Scratch::bytes<float>(tasks * groups * memory.padded) +
       2 * Scratch::bytes<float>(tasks * memory.padded) +
       2 * Scratch::bytes<uint64_t>(tasks * memory.padded) +
@@ -46,6 +49,7 @@ inline WaveMemory<T> wave_memory(const WaveEstimateParams& params) {
   memory.query = scratch.take<QueryOf<T>>(tasks * groups * params.head_dim);
   memory.spread = scratch.take<float>(tasks * groups);
   memory.largest = scratch.take<float>(tasks * groups);
+  memory.tail = scratch.take<double>(tasks * groups);
   memory.mass = scratch.take<float>(tasks * groups * memory.padded);
   memory.rank = scratch.take<float>(tasks * memory.padded);
   memory.score = scratch.take<float>(tasks * memory.padded);
@@ -192,6 +196,21 @@ inline uint64_t key_of_rank(
   return spare[rank - before];
 }
 
+// The mass of a query's tail, in chunks as the estimated masses: never what is left of a total, which
+// would cancel.
+inline double tail_mass(const float* mass, const float* in_tail, int64_t padded) {
+  double total = 0.0;
+  for (int64_t first = 0; first < padded; first += kEstimateChunk) {
+    floats chunk{};
+    const int64_t last = std::min(first + kEstimateChunk, padded);
+    for (int64_t c = first; c < last; c += kLanes) {
+      chunk += load(in_tail + c) > 0.0f ? load(mass + c) : floats{};
+    }
+    total += reduce_add(chunk);
+  }
+  return total;
+}
+
 template <typename T>
 inline void choose_clusters(
     const WaveEstimateParams& params, const WaveMemory<T>& memory, int64_t task, int64_t live) {
@@ -215,14 +234,23 @@ inline void choose_clusters(
   const uint64_t first = key_at(retrieved);
   const uint64_t last = estimated > 0 ? key_at(retrieved + estimated) : first;
   int64_t found = 0;
+  float* in_tail = memory.rank + task * memory.padded;
   for (int64_t c = 0; c < live; ++c) {
     if (keys[c] < first) spare[found++] = keys[c];
+    in_tail[c] = keys[c] >= last ? 1.0f : 0.0f;
   }
   std::sort(spare, spare + retrieved);
   int32_t* ids = params.retrieved + task * params.max_retrieved;
   for (int64_t r = 0; r < retrieved; ++r) ids[r] = static_cast<int32_t>(spare[r] & 0xffffffffu);
   for (int64_t r = retrieved; r < params.max_retrieved; ++r) ids[r] = -1;
   memory.chosen[task] = estimated;
+  const bool has_tail = params.use_variance && retrieved + estimated < live;
+  for (int64_t g = 0; g < params.groups; ++g) {
+    const float* mass = memory.mass + (task * params.groups + g) * memory.padded;
+    // Behind the live clusters masses are 0.
+    memory.tail[task * params.groups + g] =
+        has_tail ? tail_mass(mass, in_tail, round_up(live, kLanes)) : 0.0;
+  }
   if (estimated == 0) return;
 
   // Estimated clusters in the order of memory, so that sums come out the same every time; their
@@ -274,6 +302,9 @@ template <typename T>
 inline void finish_estimate(
     const WaveEstimateParams& params, const WaveMemory<T>& memory, int64_t task) {
   const int64_t groups = params.groups, head_dim = params.head_dim;
+  const int64_t* counters = params.counters + task / params.heads * kCounters;
+  const int64_t tokens = std::max<int64_t>(counters[kIndexedTokens], 1);
+  const float* value_sums = params.value_sums + task * head_dim;
   const int64_t estimated = memory.chosen[task];
   const int64_t partials = (estimated + kEstimateChunk - 1) / kEstimateChunk;
   for (int64_t g = 0; g < groups; ++g) {
@@ -285,6 +316,8 @@ inline void finish_estimate(
       for (int64_t e = first; e < last; e += kLanes) chunk += load(mass + e);
       total += reduce_add(chunk);
     }
+    const double tail = memory.tail[task * groups + g];
+    total += tail;
     float* out = params.estimate + (task * groups + g) * head_dim;
     float& lse = params.estimate_lse[task * groups + g];
     if (total == 0.0) {
@@ -294,12 +327,15 @@ inline void finish_estimate(
     }
     lse = memory.largest[task * groups + g] + static_cast<float>(std::log(total));
     const float inverse = static_cast<float>(1.0 / total);
+    const float of_value_sums = static_cast<float>(tail / total / static_cast<double>(tokens));
     for (int64_t d = 0; d < head_dim; d += kLanes) {
       floats sum{};
       for (int64_t p = 0; p < partials; ++p) {
         sum += load(memory.sums + ((task * memory.partials + p) * groups + g) * head_dim + d);
       }
-      store(out + d, sum * inverse);
+      sum = sum * inverse;
+      if (tail > 0.0) sum += load(value_sums + d) * of_value_sums;
+      store(out + d, sum);
     }
   }
 }

@@ -36,9 +36,11 @@ class RetroConfig:
     min_retrieved_clusters: int = 64
     """Clusters; floor under the retrieval zone, for short contexts. At least 0, which is none."""
     estimation_budget: float = 0.232
-    """Fraction of clusters estimated from their centroids, in 0..1; the rest is left out."""
+    """Fraction of clusters estimated from their centroids, in 0..1; one mean value stands for those
+    that are left, the tail."""
     estimator: str = "variance"
-    """"variance" corrects a centroid's mass by the spread of its keys; "mean" is the paper's."""
+    """"variance" corrects a centroid's mass by the spread of its keys; "mean" is the paper's, and
+    leaves the tail out."""
     update_segment: int = 1024
     """Tokens that are indexed at once while decoding, and the shortest indexed prompt (besides sink
     and local tokens). A positive multiple of `cluster_size`."""

@@ -43,7 +43,7 @@ class RetroLayer(nn.Module):
     centroids: Tensor  # [2, B, Hkv, C, D]
     offsets: Tensor  # [B, Hkv, C + 1] int32
     variances: Tensor  # [B, Hkv, C] float32
-    residuals: Tensor  # [B, Hkv, D] float32
+    totals: Tensor  # [2, B, Hkv, D] float32
     counters: Tensor  # [B, len(Counter)] int64
     # Offloaded only; see wave_buffer.py. P pages of S tokens for each row and KV head.
     pages: Tensor  # [2, B, Hkv, P * S, D]
@@ -120,7 +120,7 @@ class RetroLayer(nn.Module):
             "centroids": ((2, *groups, clusters, head_dim), dtype),
             "offsets": ((*groups, clusters + 1), torch.int32),
             "variances": ((*groups, clusters), torch.float32),
-            "residuals": ((*groups, head_dim), torch.float32),
+            "totals": ((2, *groups, head_dim), torch.float32),
             "counters": ((batch_size, len(Counter)), torch.int64),
         }
         if offload:
@@ -134,8 +134,8 @@ class RetroLayer(nn.Module):
 
     @property
     def index(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The wave index: centroids, offsets, variances, residuals."""
-        return self.centroids, self.offsets, self.variances, self.residuals
+        """The wave index: centroids, offsets, variances, totals."""
+        return self.centroids, self.offsets, self.variances, self.totals
 
     def prefill(self, keys: Tensor, values: Tensor, starts: Tensor | None = None) -> None:
         """Replaces whatever the layer holds with a prompt, and indexes it.
@@ -221,7 +221,7 @@ class RetroLayer(nn.Module):
 
     def reset(self) -> None:
         """Forgets all tokens and statistics; the memory stays."""
-        for buffer in (self.offsets, self.residuals, self.counters):
+        for buffer in (self.offsets, self.totals, self.counters):
             buffer.zero_()
         if self.offload:
             wave_buffer.clear(self)
@@ -233,7 +233,7 @@ class RetroLayer(nn.Module):
             rows: `[B]` integers.
         """
         for name, buffer in self.named_buffers():
-            axis = 1 if name in ("steady", "store", "centroids", "pages") else 0
+            axis = 1 if name in ("steady", "store", "centroids", "totals", "pages") else 0
             buffer.copy_(buffer.index_select(axis, rows.to(buffer.device)))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -337,7 +337,7 @@ def example_arguments(op: str, device: torch.device | str = "cpu") -> Arguments:
         "centroids": ((*index, clusters, head_dim), torch.float32),
         "offsets": ((*groups, clusters + 1), torch.int32),
         "variances": ((*groups, clusters), torch.float32),
-        "residuals": ((*groups, head_dim), torch.float32),
+        "totals": ((*index, head_dim), torch.float32),
         "counters": ((rows, len(Counter)), torch.int64),
         "query": ((rows, query_heads, head_dim), torch.float32),
         "retrieved": ((*groups, retrieved), torch.int32),

@@ -216,8 +216,8 @@ def check_index(
     like_name: str,
     sizes: tuple[int, int, int],
 ) -> None:
-    """Checks (store, centroids, offsets, variances, residuals) for sizes (B, Hkv, D)."""
-    store, centroids, offsets, variances, residuals = index
+    """Checks (store, centroids, offsets, variances, totals) for sizes (B, Hkv, D)."""
+    store, centroids, offsets, variances, totals = index
     rows, heads, head_dim = sizes
     check_shape(op, "store", store, "2, B, Hkv, N, D", (2, rows, heads, None, head_dim))
     check_dtype(op, "store", store, like.dtype)
@@ -232,12 +232,12 @@ def check_index(
     check_shape(op, "variances", variances, "B, Hkv, C", (rows, heads, clusters))
     check_dtype(op, "variances", variances, torch.float32)
     check_contiguous(op, "variances", variances)
-    check_shape(op, "residuals", residuals, "B, Hkv, D", (rows, heads, head_dim))
-    check_dtype(op, "residuals", residuals, torch.float32)
-    check_contiguous(op, "residuals", residuals)
+    check_shape(op, "totals", totals, "2, B, Hkv, D", (2, rows, heads, head_dim))
+    check_dtype(op, "totals", totals, torch.float32)
+    check_contiguous(op, "totals", totals)
     check_counters(op, counters, rows)
     for name, tensor in zip(
-        ("store", "centroids", "offsets", "variances", "residuals", "counters"),
+        ("store", "centroids", "offsets", "variances", "totals", "counters"),
         (*index, counters),
         strict=True,
     ):
@@ -258,9 +258,9 @@ def check_estimate(
     """Checks what chooses clusters by a query; returns B, Hq, Hkv, D.
 
     Args:
-        index: centroids, offsets, variances, residuals.
+        index: centroids, offsets, variances, totals.
     """
-    centroids, offsets, variances, residuals = index
+    centroids, offsets, variances, totals = index
     check_shape(op, "query", query, "B, Hq, D", (None, None, None))
     check_element_dtype(op, "query", query)
     rows, query_heads, head_dim = query.shape
@@ -273,14 +273,14 @@ def check_estimate(
     check_dtype(op, "offsets", offsets, torch.int32)
     check_shape(op, "variances", variances, "B, Hkv, C", (rows, heads, clusters))
     check_dtype(op, "variances", variances, torch.float32)
-    check_shape(op, "residuals", residuals, "B, Hkv, D", (rows, heads, head_dim))
-    check_dtype(op, "residuals", residuals, torch.float32)
+    check_shape(op, "totals", totals, "2, B, Hkv, D", (2, rows, heads, head_dim))
+    check_dtype(op, "totals", totals, torch.float32)
     check_counters(op, counters, rows)
     for name, tensor in (
         ("centroids", centroids),
         ("offsets", offsets),
         ("variances", variances),
-        ("residuals", residuals),
+        ("totals", totals),
         ("counters", counters),
     ):
         check_device(op, name, tensor, query, "query")

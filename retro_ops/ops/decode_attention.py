@@ -17,7 +17,7 @@ def decode_attention(
     centroids: Tensor,
     offsets: Tensor,
     variances: Tensor,
-    residuals: Tensor,
+    totals: Tensor,
     counters: Tensor,
     max_retrieved: int,
     retrieval_budget: float,
@@ -38,7 +38,7 @@ def decode_attention(
         query: `[B, Hq, D]`, float32, bfloat16 or float16, any strides.
         steady: `[2, B, Hkv, S, D]`, query's dtype, as in `merged_attention`.
         store: `[2, B, Hkv, N, D]`, query's dtype.
-        centroids, offsets, variances, residuals: the wave index, as in `pack_clusters`.
+        centroids, offsets, variances, totals: the wave index, as in `pack_clusters`.
         counters: `[B, len(Counter)]` int64.
         max_retrieved, retrieval_budget, min_retrieved_clusters: as in `wave_estimate`.
         estimation_budget, estimator, scale: as in `wave_estimate`.
@@ -60,7 +60,7 @@ def decode_attention(
         centroids,
         offsets,
         variances,
-        residuals,
+        totals,
         counters,
         max_retrieved,
         retrieval_budget,
@@ -80,7 +80,7 @@ def _(
     centroids: Tensor,
     offsets: Tensor,
     variances: Tensor,
-    residuals: Tensor,
+    totals: Tensor,
     counters: Tensor,
     max_retrieved: int,
     retrieval_budget: float,
@@ -92,7 +92,7 @@ def _(
     rows, query_heads, heads, head_dim = contract.check_estimate(
         OP,
         query,
-        (centroids, offsets, variances, residuals),
+        (centroids, offsets, variances, totals),
         counters,
         max_retrieved,
         retrieval_budget,

@@ -16,7 +16,7 @@ def grow_index(
     centroids: Tensor,
     offsets: Tensor,
     variances: Tensor,
-    residuals: Tensor,
+    totals: Tensor,
     counters: Tensor,
     sink_tokens: int,
     local_tokens: int,
@@ -36,7 +36,7 @@ def grow_index(
 
     Args:
         steady: `[2, B, Hkv, S, D]`, float32, bfloat16 or float16: keys, then values.
-        store, centroids, offsets, variances, residuals, counters: as in `pack_clusters`.
+        store, centroids, offsets, variances, totals, counters: as in `pack_clusters`.
         sink_tokens: first tokens of a row that stay, at least 0.
         local_tokens: latest tokens of a row that stay, at least 0.
         update_segment: tokens that are indexed at once, at least `cluster_size`.
@@ -55,7 +55,7 @@ def grow_index(
         centroids,
         offsets,
         variances,
-        residuals,
+        totals,
         counters,
         sink_tokens,
         local_tokens,
@@ -72,7 +72,7 @@ def _(
     centroids: Tensor,
     offsets: Tensor,
     variances: Tensor,
-    residuals: Tensor,
+    totals: Tensor,
     counters: Tensor,
     sink_tokens: int,
     local_tokens: int,
@@ -86,7 +86,7 @@ def _(
     contract.check_head_dim(OP, head_dim)
     contract.check_index(
         OP,
-        (store, centroids, offsets, variances, residuals),
+        (store, centroids, offsets, variances, totals),
         counters,
         steady,
         "steady",

@@ -19,7 +19,7 @@ def pack_clusters(
     centroids: Tensor,
     offsets: Tensor,
     variances: Tensor,
-    residuals: Tensor,
+    totals: Tensor,
     counters: Tensor,
     cluster_size: int,
 ) -> None:
@@ -29,11 +29,11 @@ def pack_clusters(
 
         offsets_i+1 = offsets_i + |S_i|        store[offsets_i : offsets_i+1] = keys, values of S_i
         centroids_i = mean of keys, mean of values       variances_i = mean of |key - mean key|^2
-        residuals_d += sum over tokens of (key_d - mean key_d)^2
+        totals_0d += sum over tokens of (key_d - mean key_d)^2    totals_1d += sum of value_d
 
     Source: RetroInfer (arXiv 2505.02922), sections 4.2 and 4.3; departs in that mean values take
-    the place of value sums (which overflow in float16), and in the variances, which correct the
-    estimate.
+    the place of value sums (which overflow in float16), and in the variances and totals, which
+    correct the estimate.
 
     Args:
         keys: `[B, Hkv, T, D]`, float32, bfloat16 or float16, any strides.
@@ -44,12 +44,13 @@ def pack_clusters(
         centroids: `[2, B, Hkv, C, D]`, keys' dtype: mean keys, then mean values.
         offsets: `[B, Hkv, C + 1]` int32: first slot of each cluster in the store.
         variances: `[B, Hkv, C]` float32.
-        residuals: `[B, Hkv, D]` float32.
+        totals: `[2, B, Hkv, D]` float32: over all indexed tokens, the sums of the squared distances
+            of keys to their mean key, then those of values.
         counters: `[B, len(Counter)]` int64.
         cluster_size: tokens per cluster on average; n packed tokens become round(n / cluster_size)
             clusters, halves up, at least one.
 
-    Mutates: `store`, `centroids`, `offsets`, `variances`, `residuals`, `counters`.
+    Mutates: `store`, `centroids`, `offsets`, `variances`, `totals`, `counters`.
 
     Raises:
         RuntimeError: a shape, dtype or assignment is wrong, or the store or index is full; nothing
@@ -63,7 +64,7 @@ def pack_clusters(
         centroids,
         offsets,
         variances,
-        residuals,
+        totals,
         counters,
         cluster_size,
     )
@@ -77,7 +78,7 @@ def reference(
     centroids: Tensor,
     offsets: Tensor,
     variances: Tensor,
-    residuals: Tensor,
+    totals: Tensor,
     counters: Tensor,
     cluster_size: int,
 ) -> None:
@@ -105,7 +106,8 @@ def reference(
                 centroids[0, row, head, to] = mean_key
                 centroids[1, row, head, to] = own_values.to(wide).sum(dim=0) / max(count, 1)
                 variances[row, head, to] = squares.sum() / max(count, 1)
-                residuals[row, head] += squares
+                totals[0, row, head] += squares
+                totals[1, row, head] += own_values.to(wide).sum(dim=0)
         counters[row, Counter.INDEXED_TOKENS] += packed
         counters[row, Counter.CLUSTERS] += clusters
 
@@ -119,7 +121,7 @@ def _(
     centroids: Tensor,
     offsets: Tensor,
     variances: Tensor,
-    residuals: Tensor,
+    totals: Tensor,
     counters: Tensor,
     cluster_size: int,
 ) -> None:
@@ -135,7 +137,7 @@ def _(
     contract.check_device(OP, "assignment", assignment, keys, "keys")
     contract.check_index(
         OP,
-        (store, centroids, offsets, variances, residuals),
+        (store, centroids, offsets, variances, totals),
         counters,
         keys,
         "keys",

@@ -1,4 +1,4 @@
-"""Scores all clusters, chooses those to retrieve, estimates the next ones from their centroids."""
+"""Scores all clusters, chooses those to retrieve, estimates the others from means."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def wave_estimate(
     centroids: Tensor,
     offsets: Tensor,
     variances: Tensor,
-    residuals: Tensor,
+    totals: Tensor,
     counters: Tensor,
     max_retrieved: int,
     retrieval_budget: float,
@@ -28,29 +28,32 @@ def wave_estimate(
     estimator: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Chooses the clusters to read exactly and estimates the next best from centroids.
+    """Chooses the clusters to read exactly, estimates the next best from centroids and the tail.
 
     For query head g of a KV head and cluster i, with mean key k_i, mean value v_i and size s_i:
 
         mass_gi = s_i (1 + spread_gi) exp(scale q_g . k_i)
-        spread_gi = scale^2 / 2 variances_i sum_d q_gd^2 residuals_d / sum_d residuals_d
+        spread_gi = scale^2 / 2 variances_i sum_d q_gd^2 totals_0d / sum_d totals_0d
         score_i = sum over g of mass_gi / sum_j mass_gj
-        estimate_g = sum_i mass_gi v_i / sum_i mass_gi    lse_g = log sum_i mass_gi
+        tail_g = sum over the tail of mass_gi    v_mean = totals_1 / indexed tokens of the row
+        estimate_g = (sum_i mass_gi v_i + tail_g v_mean) / (sum_i mass_gi + tail_g)
+        lse_g = log(sum_i mass_gi + tail_g)
 
     where the clusters of a row are sorted by score: the first max(round(retrieval_budget C),
-    min_retrieved_clusters) are retrieved, the next round(estimation_budget C) are estimated, and C
-    are the live clusters of the row. `estimator="mean"` has spread 0 and ranks by the softmax of
-    scale q . k alone, as the paper does. Ties go to the lower cluster, a cluster without tokens
-    comes last, and on a CPU a mass below e^-87 of the largest of its query counts
-    as 0.
+    min_retrieved_clusters) are retrieved, the next round(estimation_budget C), over which sum_i
+    runs, are estimated, all others are the tail, and C are the live clusters of the row.
+    `estimator="mean"` has spread 0 and no tail, and ranks by the softmax of scale q . k alone, as
+    the paper does. Ties go to the lower cluster, a cluster without tokens comes last, and on a CPU
+    a mass below e^-87 of the largest of its query counts as 0.
 
-    Source: RetroInfer (arXiv 2505.02922), sections 4.1 and 4.2; departs in ranking by mass and in
-    the spread: exp is convex, so the centroid alone gives a lower bound of the mass (the paper's
-    eq. 3), and (1 + spread) is the log1p-damped second-order correction of it.
+    Source: RetroInfer (arXiv 2505.02922), sections 4.1 and 4.2; departs in ranking by mass, in the
+    spread and in the tail: exp is convex, so the centroid alone gives a lower bound of the mass
+    (the paper's eq. 3), and (1 + spread) is the log1p-damped second-order correction of it. The
+    paper leaves the tail out, as if it had no mass.
 
     Args:
         query: `[B, Hq, D]`, float32, bfloat16 or float16, any strides.
-        centroids, offsets, variances, residuals, counters: the wave index, as in `pack_clusters`.
+        centroids, offsets, variances, totals, counters: the wave index, as in `pack_clusters`.
         max_retrieved: R, at least what `C` live clusters would retrieve.
         retrieval_budget: fraction of live clusters to retrieve, in 0..1.
         min_retrieved_clusters: floor under it, at least 0.
@@ -60,7 +63,8 @@ def wave_estimate(
 
     Returns:
         retrieved `[B, Hkv, R]` int32 cluster ids, best first, -1 behind the last; estimate
-        `[B, Hq, D]` float32; lse `[B, Hq]` float32, natural log, -inf where nothing is estimated.
+        `[B, Hq, D]` float32; lse `[B, Hq]` float32, natural log, -inf where nothing is estimated
+        and there is no tail.
 
     Raises:
         RuntimeError: a shape, dtype or number is wrong; the message has the values.
@@ -72,7 +76,7 @@ def wave_estimate(
         centroids,
         offsets,
         variances,
-        residuals,
+        totals,
         counters,
         max_retrieved,
         retrieval_budget,
@@ -95,7 +99,7 @@ def reference_scores(
     centroids: Tensor,
     offsets: Tensor,
     variances: Tensor,
-    residuals: Tensor,
+    totals: Tensor,
     counters: Tensor,
     estimator: str,
     scale: float,
@@ -111,8 +115,9 @@ def reference_scores(
     live = live[:, None, None] & (size > 0)
     spread = torch.zeros_like(logit)
     if estimator == "variance":
-        total = residuals.to(dtype).sum(dim=-1)[:, :, None, None]
-        weighted = (grouped.square() * residuals.to(dtype)[:, :, None]).sum(dim=-1, keepdim=True)
+        residuals = totals[0].to(dtype)
+        total = residuals.sum(dim=-1)[:, :, None, None]
+        weighted = (grouped.square() * residuals[:, :, None]).sum(dim=-1, keepdim=True)
         per_variance = torch.where(total > 0, scale**2 / 2 * weighted / total, 0.0)
         spread = per_variance * variances.to(dtype)[:, :, None]
     log_mass = (logit + size.log() + spread.log1p()).masked_fill(~live, -torch.inf)
@@ -126,7 +131,7 @@ def reference(
     centroids: Tensor,
     offsets: Tensor,
     variances: Tensor,
-    residuals: Tensor,
+    totals: Tensor,
     counters: Tensor,
     max_retrieved: int,
     retrieval_budget: float,
@@ -139,23 +144,30 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`wave_estimate` in plain torch; arithmetic in `dtype`, weights rounded to `weights_dtype`."""
     scores = reference_scores(
-        query, centroids, offsets, variances, residuals, counters, estimator, scale, dtype
+        query, centroids, offsets, variances, totals, counters, estimator, scale, dtype
     )
     rows, heads, clusters = scores.score.shape
     order = scores.score.sort(dim=-1, descending=True, stable=True).indices
     retrieved = order.new_full((rows, heads, max_retrieved), -1)
     estimated = torch.zeros(rows, heads, 1, clusters, dtype=torch.bool, device=query.device)
+    tail = torch.zeros_like(estimated)
     for row in range(rows):
         live = int(counters[row, Counter.CLUSTERS])
         count = retrieved_count(retrieval_budget, min_retrieved_clusters, live)
         retrieved[row, :, :count] = order[row, :, :count]
         last = min(count + round(estimation_budget * live), live)
         estimated[row].scatter_(2, order[row, :, None, count:last], True)
+        if estimator == "variance":
+            tail[row].scatter_(2, order[row, :, None, last:live], True)
     log_mass = scores.log_mass.masked_fill(~estimated, -torch.inf)
-    lse = log_mass.logsumexp(dim=-1)
+    log_tail = scores.log_mass.masked_fill(~tail, -torch.inf).logsumexp(dim=-1)
+    lse = torch.logaddexp(log_mass.logsumexp(dim=-1), log_tail)
     weights = (log_mass - lse[..., None]).exp().nan_to_num(0.0)
     weights = weights.to(weights_dtype or dtype).to(dtype)
-    estimate = weights @ centroids[1].to(dtype)
+    tail_weight = (log_tail - lse).exp().nan_to_num(0.0)
+    indexed = counters[:, Counter.INDEXED_TOKENS].clamp(min=1)[:, None, None]
+    mean_value = (totals[1].to(dtype) / indexed.to(dtype))[:, :, None]
+    estimate = weights @ centroids[1].to(dtype) + tail_weight[..., None] * mean_value
     return retrieved.int(), estimate.flatten(1, 2), lse.flatten(1, 2)
 
 
@@ -165,7 +177,7 @@ def _(
     centroids: Tensor,
     offsets: Tensor,
     variances: Tensor,
-    residuals: Tensor,
+    totals: Tensor,
     counters: Tensor,
     max_retrieved: int,
     retrieval_budget: float,
@@ -177,7 +189,7 @@ def _(
     rows, query_heads, heads, head_dim = contract.check_estimate(
         OP,
         query,
-        (centroids, offsets, variances, residuals),
+        (centroids, offsets, variances, totals),
         counters,
         max_retrieved,
         retrieval_budget,
