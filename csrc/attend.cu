@@ -618,6 +618,67 @@ __device__ __forceinline__ int32_t take_ticket(int32_t* tickets) {
   return ticket;
 }
 
+// A warp's share of the tail: for each query the largest mass (base 2), and their sum relative to it.
+template <typename S>
+__device__ __noinline__ void sum_tail(
+    const AttendParams& params,
+    const Place& place,
+    const float* masses,
+    int32_t share,
+    int32_t shares,
+    float2* sums,
+    int lane) {
+  const EstimatedClusters& clusters = params.estimated;
+  if (clusters.tail == nullptr) return;
+  const int64_t counted = params.counters[place.b * kCounters + kClusters];
+  const int64_t live = counted < 0 ? 0 : counted < clusters.clusters ? counted : clusters.clusters;
+  const int64_t all_words = (live + 31) / 32, stride = params.groups;
+  const uint32_t* words = clusters.tail + place.task * ((clusters.clusters + 31) / 32);
+  const int32_t first = static_cast<int32_t>(all_words * share / shares);
+  const int32_t last = static_cast<int32_t>(all_words * (share + 1) / shares);
+  constexpr int kTogether = 4;  // queries
+  const bool quads = stride % kTogether == 0;
+#pragma unroll 1
+  for (int query = 0; query < place.queries; query += kTogether) {
+    float top[kTogether], sum[kTogether];
+#pragma unroll
+    for (int q = 0; q < kTogether; ++q) top[q] = -INFINITY, sum[q] = 0.0f;
+#pragma unroll 2
+    for (int32_t w = first; w < last; ++w) {
+      if ((words[w] >> lane & 1) == 0) continue;
+      const float* row = masses + (int64_t{w} * 32 + lane) * stride + query;
+      float own[kTogether];
+      if (quads) {
+        const float4 four = __ldcg(reinterpret_cast<const float4*>(row));
+        own[0] = four.x, own[1] = four.y, own[2] = four.z, own[3] = four.w;
+      } else {
+#pragma unroll
+        for (int q = 0; q < kTogether; ++q) {
+          own[q] = query + q < place.queries ? __ldcg(row + q) : -INFINITY;
+        }
+      }
+#pragma unroll
+      for (int q = 0; q < kTogether; ++q) {
+        const float higher = fmaxf(top[q], own[q]), origin = higher == -INFINITY ? 0.0f : higher;
+        sum[q] = sum[q] * exp2_of(top[q] - origin) + exp2_of(own[q] - origin);
+        top[q] = higher;
+      }
+    }
+#pragma unroll
+    for (int q = 0; q < kTogether; ++q) {
+      float higher = top[q];
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) {
+        higher = fmaxf(higher, __shfl_xor_sync(kAllLanes, higher, step));
+      }
+      float all = top[q] == -INFINITY ? 0.0f : sum[q] * exp2_of(top[q] - higher);
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) all += __shfl_xor_sync(kAllLanes, all, step);
+      if (lane == 0 && query + q < place.queries) sums[query + q] = make_float2(higher, all);
+    }
+  }
+}
+
 // A barrier of the first `threads` threads of a block.
 __device__ __forceinline__ void sync_first(int threads) {
   asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
@@ -630,6 +691,7 @@ __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
   constexpr int kQueryTiles = S::kQueryTiles;
   extern __shared__ uint4 shared[];
   __shared__ float2 warp_sums[S::kMostWarps][S::kQueries];
+  __shared__ float2 tail_sums[S::kMostWarps][S::kQueries];
   __shared__ bool is_last;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   release_successor();
@@ -672,6 +734,7 @@ __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
     walker.ids = clusters.ids + place.task * clusters.clusters;
     walker.masses =
         clusters.log2_mass + place.task * clusters.clusters * groups + place.first_query;
+    sum_tail<S>(params, place, walker.masses, share, shares, tail_sums[warp], lane);
     walker.values = {
         nullptr, clusters.centroid_values.row<const T>(place.b, place.h, 0), 0,
         clusters.centroid_values.stride_t};
@@ -760,6 +823,7 @@ __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
       (static_cast<int64_t>(tile) * pieces + place.piece) * parts * S::kQueries;
   const int quads = static_cast<int>(params.head_dim) / 4;
   float4* values = reinterpret_cast<float4*>(params.values) + first_sum * quads;
+  const bool has_tail = params.estimated.tail != nullptr;
 #pragma unroll 1
   for (int i = thread; i < parts * place.queries * quads; i += threads) {
     const int part = i / (place.queries * quads), rest = i % (place.queries * quads);
@@ -768,10 +832,25 @@ __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
     const int last = part < exact_parts ? exact_warps : exact_warps + estimate_warps;
     float top = -INFINITY;
 #pragma unroll 3
-    for (int w = first; w < last; ++w) top = fmaxf(top, warp_sums[w][query].x);
+    for (int w = first; w < last; ++w) {
+      top = fmaxf(top, warp_sums[w][query].x);
+      if (has_tail && part >= exact_parts) top = fmaxf(top, tail_sums[w][query].x);
+    }
     const float origin = top == -INFINITY ? 0.0f : top;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     float mass = 0.0f;
+    if (has_tail && part >= exact_parts) {
+#pragma unroll 3
+      for (int w = first; w < last; ++w) {
+        mass += tail_sums[w][query].y * exp2_of(tail_sums[w][query].x - origin);
+      }
+      const float4 values_sum = reinterpret_cast<const float4*>(
+          params.estimated.value_sums + place.task * params.head_dim)[quad];
+      const int64_t indexed = params.counters[place.b * kCounters + kIndexedTokens];
+      const float weight = mass / static_cast<float>(indexed > 1 ? indexed : 1);
+      sum.x = weight * values_sum.x, sum.y = weight * values_sum.y;
+      sum.z = weight * values_sum.z, sum.w = weight * values_sum.w;
+    }
 #pragma unroll 3
     for (int w = first; w < last; ++w) {
       const float factor = exp2_of(warp_sums[w][query].x - origin);

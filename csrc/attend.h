@@ -14,13 +14,16 @@ struct RetrievedTokens {
   int64_t clusters;       // R
 };
 
-// Clusters that are estimated, in ascending order, and their masses.
+// Clusters that are estimated, in ascending order, and the masses of all.
 struct EstimatedClusters {
   const int32_t* ids;      // [B * Hkv, C]
   const int32_t* counts;   // [B * Hkv]
   const float* log2_mass;  // [B * Hkv, C, G]
-  Rows centroid_values;    // [B, Hkv, C, D]
-  int64_t clusters;        // C
+  const uint32_t*
+      tail;  // [B * Hkv, C / 32 rounded up], see Choice; nullptr: the estimate has no tail
+  const float* value_sums;  // [B, Hkv, D], over all indexed tokens
+  Rows centroid_values;     // [B, Hkv, C, D]
+  int64_t clusters;         // C
 };
 
 struct AttendParams {

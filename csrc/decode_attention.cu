@@ -15,7 +15,7 @@ Tensor decode_attention(
     const Tensor& centroids,
     const Tensor& offsets,
     const Tensor& variances,
-    const Tensor& residuals,
+    const Tensor& totals,
     const Tensor& counters,
     int64_t max_retrieved,
     double retrieval_budget,
@@ -24,8 +24,8 @@ Tensor decode_attention(
     std::string estimator,
     double scale) {
   const Call<WaveEstimateParams> call = wave_estimate_call(
-      kOp, query, centroids, offsets, variances, residuals, counters, max_retrieved,
-      retrieval_budget, min_retrieved_clusters, estimation_budget, estimator, scale);
+      kOp, query, centroids, offsets, variances, totals, counters, max_retrieved, retrieval_budget,
+      min_retrieved_clusters, estimation_budget, estimator, scale);
   const WaveEstimateParams& params = call.params;
   const int64_t batch = params.batch, heads = params.heads, head_dim = params.head_dim;
   check_shape(kOp, "steady", steady, "2, B, Hkv, S, D", {2, batch, heads, kAny, head_dim});

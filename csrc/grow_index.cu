@@ -49,7 +49,7 @@ template <typename T, int kGroups>
 __global__ void __launch_bounds__(kThreads, 1)
     grow_kernel(const __grid_constant__ GrowParams params) {
   extern __shared__ uint4 shared[];
-  __shared__ float sums[kStrands * 32 * kVectorOf<kGroups>];
+  __shared__ float sums[2 * kStrands * 32 * kVectorOf<kGroups>];
   release_successor();
   wait_for_predecessor();
   const GrowIndexParams& op = params.op;
@@ -112,12 +112,17 @@ __global__ void __launch_bounds__(kThreads, 1)
         assigned, segment, 0, params.clusters, params.sort.warps, memory.histogram, memory.starts,
         memory.order);
     write_offsets(index, packing);
-    float residual = 0.0f;
+    GroupSums added = {0.0f, 0.0f};
     for (int64_t group = 0; group < ceil_div(params.clusters, kGroupClusters); ++group) {
-      residual +=
+      const GroupSums own =
           pack_group<T, kGroups, kWarps>(index, packing, keys, values, group, head_dim, sums);
+      added.residual += own.residual;
+      added.value += own.value;
     }
-    if (thread < head_dim) index.residuals[task * op.head_dim + thread] += residual;
+    if (thread < head_dim) {
+      index.residuals[task * op.head_dim + thread] += added.residual;
+      index.value_sums[task * op.head_dim + thread] += added.value;
+    }
     __syncthreads();
     const int64_t rest = op.sink_tokens + segment;
     move_up<T>(op.steady_keys, packing.b, packing.h, rest, steady - rest, segment, head_dim);
@@ -177,7 +182,7 @@ void grow_index(
     const Tensor& centroids,
     const Tensor& offsets,
     const Tensor& variances,
-    const Tensor& residuals,
+    const Tensor& totals,
     const Tensor& counters,
     int64_t sink_tokens,
     int64_t local_tokens,
@@ -185,7 +190,7 @@ void grow_index(
     int64_t cluster_size,
     int64_t iterations) {
   const Call<GrowIndexParams> call = grow_index_call(
-      steady, store, centroids, offsets, variances, residuals, counters, sink_tokens, local_tokens,
+      steady, store, centroids, offsets, variances, totals, counters, sink_tokens, local_tokens,
       update_segment, cluster_size, iterations);
   // No row can come to hold that many tokens; beyond here the sum of the three cannot overflow.
   const int64_t capacity = steady.size(3);

@@ -22,7 +22,7 @@ struct PackParams {
   int32_t* order;      // [B * Hkv, T]
   int32_t* histogram;  // [B * Hkv, warps, most_clusters]
   Packed* packed;      // [B * Hkv]
-  float* residuals;    // [B * Hkv, groups, D]
+  GroupSums* sums;     // [B * Hkv, groups, D]
 };
 
 __device__ __forceinline__ Packing packing_of(const PackParams& params, int64_t task) {
@@ -74,20 +74,20 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T, int kGroups>
 __global__ void __launch_bounds__(kThreads, 1)
     pack_kernel(const __grid_constant__ PackParams params) {
-  __shared__ float sums[kStrands * 32 * kVectorOf<kGroups>];
+  __shared__ float shared[2 * kStrands * 32 * kVectorOf<kGroups>];
   release_successor();
   wait_for_predecessor();
   const PackClustersParams& op = params.op;
   const int64_t task = blockIdx.x / params.groups, group = blockIdx.x % params.groups;
   const Packing packing = packing_of(params, task);
   if (group * kGroupClusters >= packing.clusters) return;
-  const float sum = pack_group<T, kGroups, kWarps>(
+  const GroupSums sums = pack_group<T, kGroups, kWarps>(
       op.index, packing,
       TokenRows<T>{op.keys.row<const T>(packing.b, packing.h, 0), op.keys.stride_t},
       TokenRows<T>{op.values.row<const T>(packing.b, packing.h, 0), op.values.stride_t}, group,
-      static_cast<int>(op.head_dim), sums);
+      static_cast<int>(op.head_dim), shared);
   if (threadIdx.x < op.head_dim) {
-    params.residuals[(task * params.groups + group) * op.head_dim + threadIdx.x] = sum;
+    params.sums[(task * params.groups + group) * op.head_dim + threadIdx.x] = sums;
   }
 }
 
@@ -99,13 +99,16 @@ __global__ void __launch_bounds__(kMaxHeadDim)
   const int64_t task = blockIdx.x;
   const Packed packed = params.packed[task];
   if (threadIdx.x < op.head_dim) {
-    float sum = 0.0f;
+    GroupSums sums = {0.0f, 0.0f};
     const int64_t groups = ceil_div(packed.clusters, kGroupClusters);
 #pragma unroll 8
     for (int64_t group = 0; group < groups; ++group) {
-      sum += params.residuals[(task * params.groups + group) * op.head_dim + threadIdx.x];
+      const GroupSums own = params.sums[(task * params.groups + group) * op.head_dim + threadIdx.x];
+      sums.residual += own.residual;
+      sums.value += own.value;
     }
-    op.index.residuals[task * op.head_dim + threadIdx.x] += sum;
+    op.index.residuals[task * op.head_dim + threadIdx.x] += sums.residual;
+    op.index.value_sums[task * op.head_dim + threadIdx.x] += sums.value;
   }
   if (task % op.heads == 0 && threadIdx.x == 0) {
     int64_t* counters = op.index.counters + task / op.heads * kCounters;
@@ -135,11 +138,11 @@ void pack_clusters(
     const Tensor& centroids,
     const Tensor& offsets,
     const Tensor& variances,
-    const Tensor& residuals,
+    const Tensor& totals,
     const Tensor& counters,
     int64_t cluster_size) {
   const Call<PackClustersParams> call = pack_clusters_call(
-      keys, values, assignment, store, centroids, offsets, variances, residuals, counters,
+      keys, values, assignment, store, centroids, offsets, variances, totals, counters,
       cluster_size);
   const Launcher launch("pack_clusters", keys);
   PackParams params = {};
@@ -154,13 +157,13 @@ void pack_clusters(
   const int64_t histogram =
       workspace.reserve<int32_t>(tasks * histogram_count(params.sort, params.most_clusters));
   const int64_t packed = workspace.reserve<Packed>(tasks);
-  const int64_t sums = workspace.reserve<float>(tasks * params.groups * params.op.head_dim);
+  const int64_t sums = workspace.reserve<GroupSums>(tasks * params.groups * params.op.head_dim);
   workspace.allocate(keys);
   params.starts = workspace.at<int32_t>(starts);
   params.order = workspace.at<int32_t>(order);
   params.histogram = workspace.at<int32_t>(histogram);
   params.packed = workspace.at<Packed>(packed);
-  params.residuals = workspace.at<float>(sums);
+  params.sums = workspace.at<GroupSums>(sums);
   launch(sort_kernel, grid_of(tasks), kThreads, params.sort.shared_bytes, 1, params);
   RETRO_CUDA_DISPATCH(params.op.dtype, launch_pack_typed, launch, params);
   launch(finish_kernel, grid_of(tasks), kMaxHeadDim, 0, 1, params);

@@ -6,7 +6,7 @@
 
 namespace retro {
 
-// Clusters whose squared residuals one block sums; fixed, so that sums are too.
+// Clusters whose squared residuals and values one block sums; fixed, so that sums are too.
 constexpr int kGroupClusters = 64;
 constexpr int kStrandClusters = kGroupClusters / kStrands;
 // Tokens summed before their sum joins that of the cluster: in one long sum of float32, a cluster of
@@ -40,10 +40,16 @@ __device__ __forceinline__ void fold(float (&sum)[kCount], float (&part)[kCount]
   }
 }
 
-// Copies the tokens of 64 clusters, writes their means and variances, and gives thread d the sum of
-// their squared residuals in element d. Shared memory: [strands, 32 kVector].
+// Sums over the tokens of some clusters, in element d.
+struct GroupSums {
+  float residual;  // squared distance of keys to their mean
+  float value;
+};
+
+// Copies the tokens of 64 clusters, writes their means and variances, and gives thread d their sums in
+// element d. Shared memory: [2, strands, 32 kVector].
 template <typename T, int kGroups, int kWarps>
-__device__ float pack_group(
+__device__ GroupSums pack_group(
     const IndexView& index,
     const Packing& packing,
     const TokenRows<T>& keys,
@@ -57,7 +63,7 @@ __device__ float pack_group(
   const int d = lane * kVector;
   const bool inside = d < head_dim;
   for (int strand = warp; strand < kStrands; strand += kWarps) {
-    float residuals[kVector] = {};
+    float residuals[kVector] = {}, value_sums[kVector] = {};
     for (int i = 0; i < kStrandClusters; ++i) {
       const int64_t c = group * kGroupClusters + strand * kStrandClusters + i;
       if (c >= packing.clusters) break;
@@ -96,6 +102,8 @@ __device__ float pack_group(
       }
       fold(mean_key, part_key), fold(mean_value, part_value);
       const float size = static_cast<float>(last - first > 1 ? last - first : 1);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) value_sums[e] += mean_value[e];
 #pragma unroll
       for (int e = 0; e < kVector; ++e) mean_key[e] /= size, mean_value[e] /= size;
       const int64_t at = packing.first_cluster + c;
@@ -139,17 +147,21 @@ __device__ float pack_group(
       }
     }
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) shared[(strand * 32 + lane) * kVector + e] = residuals[e];
-  }
-  __syncthreads();
-  float sum = 0.0f;
-  if (thread < head_dim) {
-    for (int strand = 0; strand < kStrands; ++strand) {
-      sum += shared[strand * 32 * kVector + thread];
+    for (int e = 0; e < kVector; ++e) {
+      shared[(strand * 32 + lane) * kVector + e] = residuals[e];
+      shared[((kStrands + strand) * 32 + lane) * kVector + e] = value_sums[e];
     }
   }
   __syncthreads();
-  return sum;
+  GroupSums sums = {0.0f, 0.0f};
+  if (thread < head_dim) {
+    for (int strand = 0; strand < kStrands; ++strand) {
+      sums.residual += shared[strand * 32 * kVector + thread];
+      sums.value += shared[(kStrands + strand) * 32 * kVector + thread];
+    }
+  }
+  __syncthreads();
+  return sums;
 }
 
 }  // namespace retro

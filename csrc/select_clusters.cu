@@ -456,7 +456,11 @@ __device__ __noinline__ void find_thresholds() {
 // Ids of the estimated clusters in their order; the retrieved ones by id, to all blocks or to `order`.
 template <bool kInShared>
 __device__ __noinline__ void part_clusters(
-    const int32_t* all_offsets, int64_t store_capacity, int32_t* estimated_ids, uint64_t* order) {
+    const int32_t* all_offsets,
+    int64_t store_capacity,
+    int32_t* estimated_ids,
+    uint32_t* tail,
+    uint64_t* order) {
   State& shared = state();
   const Cluster cluster(shared.blocks);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
@@ -479,7 +483,11 @@ __device__ __noinline__ void part_clusters(
         const uint64_t own = pair_of(static_cast<uint32_t>(first + i), some[k]);
         const uint32_t near_bits = __ballot_sync(kAllLanes, i < count && own <= near);
         const uint32_t far_bits = __ballot_sync(kAllLanes, i < count && own <= far);
-        if (lane == 0) words()[i / 32] = {near_bits, far_bits & ~near_bits, 0, 0};
+        const uint32_t tail_bits = __ballot_sync(kAllLanes, i < count && own > far && own > near);
+        if (lane == 0) {
+          words()[i / 32] = {near_bits, far_bits & ~near_bits, 0, 0};
+          if (tail != nullptr) tail[(first + i) / 32] = tail_bits;
+        }
       }
     }
   }
@@ -764,7 +772,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   uint64_t* order = params.order + task * params.order_capacity;
   part_clusters<kInShared>(
-      all_offsets, choice.store_capacity, choice.estimated + task * params.clusters, order);
+      all_offsets, choice.store_capacity, choice.estimated + task * params.clusters,
+      choice.tail == nullptr ? nullptr : choice.tail + task * ceil_div(params.clusters, 32), order);
   int32_t* ids =
       choice.retrieved == nullptr ? nullptr : choice.retrieved + task * params.max_retrieved;
   int32_t* before =

@@ -15,7 +15,9 @@ struct Choice {
   int32_t* estimated;         // [B * Hkv, C], ascending
   int32_t* estimated_counts;  // [B * Hkv]
   float* log2_mass;           // [B * Hkv, C, G]
-  int32_t* tickets;           // set to 0
+  uint32_t*
+      tail;  // [B * Hkv, C / 32 rounded up]: bits of the live clusters that are neither; or nullptr
+  int32_t* tickets;  // set to 0
   int64_t ticket_count;
 };
 

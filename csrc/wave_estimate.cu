@@ -381,6 +381,8 @@ ChoiceSpace reserve_choice(
   space.estimated = workspace.reserve<int32_t>(tasks * params.clusters);
   space.estimated_counts = workspace.reserve<int32_t>(tasks);
   space.log2_mass = workspace.reserve<float>(tasks * params.clusters * params.groups);
+  space.tail =
+      workspace.reserve<uint32_t>(params.use_variance ? tasks * ceil_div(params.clusters, 32) : 0);
   space.ranked =
       workspace.reserve<float>(params.use_variance ? 0 : tasks * params.clusters * params.groups);
   space.sums =
@@ -399,6 +401,7 @@ void choose(
   choice.estimated = workspace.at<int32_t>(space.estimated);
   choice.estimated_counts = workspace.at<int32_t>(space.estimated_counts);
   choice.log2_mass = workspace.at<float>(space.log2_mass);
+  choice.tail = params.use_variance ? workspace.at<uint32_t>(space.tail) : nullptr;
 
   ScoreParams score;
   score.heads = params.heads;
@@ -443,6 +446,8 @@ AttendParams estimate_params(const WaveEstimateParams& params, const Choice& cho
   attend.estimated.ids = choice.estimated;
   attend.estimated.counts = choice.estimated_counts;
   attend.estimated.log2_mass = choice.log2_mass;
+  attend.estimated.tail = choice.tail;
+  attend.estimated.value_sums = params.value_sums;
   attend.estimated.centroid_values = params.centroid_values;
   attend.estimated.clusters = params.clusters;
   attend.scale = params.scale;
@@ -456,7 +461,7 @@ std::tuple<Tensor, Tensor, Tensor> wave_estimate(
     const Tensor& centroids,
     const Tensor& offsets,
     const Tensor& variances,
-    const Tensor& residuals,
+    const Tensor& totals,
     const Tensor& counters,
     int64_t max_retrieved,
     double retrieval_budget,
@@ -465,7 +470,7 @@ std::tuple<Tensor, Tensor, Tensor> wave_estimate(
     std::string estimator,
     double scale) {
   Call<WaveEstimateParams> call = wave_estimate_call(
-      "wave_estimate", query, centroids, offsets, variances, residuals, counters, max_retrieved,
+      "wave_estimate", query, centroids, offsets, variances, totals, counters, max_retrieved,
       retrieval_budget, min_retrieved_clusters, estimation_budget, estimator, scale);
   WaveEstimateParams& params = call.params;
   const Launcher launch("wave_estimate", query);

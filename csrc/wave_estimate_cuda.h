@@ -8,7 +8,7 @@
 namespace retro {
 
 struct ChoiceSpace {
-  int64_t before, shift, estimated, estimated_counts, log2_mass, ranked, sums;
+  int64_t before, shift, estimated, estimated_counts, log2_mass, tail, ranked, sums;
   SelectSpace select;
 };
 
