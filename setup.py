@@ -3,6 +3,7 @@
 Everything else about the package is in pyproject.toml.
 """
 
+import re
 import warnings
 from pathlib import Path
 
@@ -20,6 +21,8 @@ ROOT = Path(__file__).parent
 # One binary for torch 2.11 and later: only the stable ABI of that version is used.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 STANDARD = "-std=c++20"
+# An exported model names the version of the op library that it needs; a library says its own.
+(VERSION,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
 # No -march: the sources choose instruction sets at run time. -g0: Python's own flags may ask for
 # debug information, which makes the library ten times larger.
 CXX_FLAGS = ["-O3", "-g0", STANDARD, "-fvisibility=hidden"]
@@ -39,7 +42,7 @@ def system_headers(device: str) -> list[str]:
 
 
 # With ninja every build looks at every header by itself; this serves builds without it.
-DEPENDS = [*csrc("*.h"), "setup.py"]
+DEPENDS = [*csrc("*.h"), "setup.py", "pyproject.toml"]
 
 # Neither library is a Python module: both are loaded with torch.ops.load_library, so that they
 # also load in a process without Python.
@@ -48,7 +51,14 @@ extensions = [
         "retro_ops._C",
         csrc("*.cpp"),
         depends=DEPENDS,
-        extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI, *system_headers("cpu")]},
+        extra_compile_args={
+            "cxx": [
+                *CXX_FLAGS,
+                STABLE_ABI,
+                f'-DRETRO_OPS_VERSION="{VERSION}"',
+                *system_headers("cpu"),
+            ]
+        },
         py_limited_api=True,
     )
 ]

@@ -24,6 +24,7 @@ OPS = (
     "pack_clusters",
     "wave_estimate",
 )
+OTHERS = ("cpu_kernels", "library_version", "no_backward")
 # What the fakes of those that return something must return for `example_arguments`.
 RESULTS = {
     "cluster_gather": [([2, 3, 8, 2], "torch.int64")],
@@ -50,7 +51,7 @@ for name in sorted(torch._C._dispatch_get_all_op_names()):
             results = getattr(torch.ops.retro, name)(**example_arguments(name))
         if isinstance(results, torch.Tensor):
             results = [results]
-        if name == "cpu_kernels":  # takes no tensor, so there is nothing to fake
+        if name in ("cpu_kernels", "library_version"):  # no tensor, so there is nothing to fake
             results = None
         print([name, [(list(result.shape), str(result.dtype)) for result in results or ()]])
 """
@@ -62,7 +63,7 @@ def test_fresh_process_has_every_schema_and_fake(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     results = dict(ast.literal_eval(line) for line in result.stdout.splitlines())
-    expected = {name: RESULTS.get(name, []) for name in (*OPS, "cpu_kernels", "no_backward")}
+    expected = {name: RESULTS.get(name, []) for name in (*OPS, *OTHERS)}
     assert results == expected
 
 
@@ -93,6 +94,10 @@ def test_counters_have_the_columns_of_the_kernels() -> None:
     assert counters[0, Counter.RETRIEVED_TOKENS] == 5
     assert counters[0, Counter.STEPS] == 1
     assert counters.sum() == 6
+
+
+def test_library_knows_its_version() -> None:
+    assert torch.ops.retro.library_version() == retro_ops.__version__
 
 
 def test_cpu_kernels_can_be_selected() -> None:
