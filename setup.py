@@ -1,20 +1,26 @@
 """Builds the op libraries: CPU kernels always, CUDA kernels where there are CUDA and a .cu source.
 
+`setup.py build_runner` builds the program that runs exported models without Python.
+
 Everything else about the package is in pyproject.toml.
 """
 
+import os
 import re
+import shlex
+import subprocess
 import warnings
 from pathlib import Path
 
 import torch
-from setuptools import Extension, find_packages, setup
+from setuptools import Command, Extension, find_packages, setup
 from torch.utils.cpp_extension import (
     CUDA_HOME,
     BuildExtension,
     CppExtension,
     CUDAExtension,
     include_paths,
+    library_paths,
 )
 
 ROOT = Path(__file__).parent
@@ -90,6 +96,39 @@ class BuildLibraries(BuildExtension):
         super().build_extension(ext)
 
 
+class BuildRunner(Command):
+    """Compiles `csrc/runner/` for the torch that is installed, which must be there when it runs."""
+
+    description = "build the program that runs exported models without Python"
+    user_options = [("output=", "o", "the program to write")]  # noqa: RUF012  (setuptools')
+
+    def initialize_options(self) -> None:
+        self.output = str(ROOT / "build" / "retro_runner")
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        libraries = ["torch", "torch_cpu", "c10"]
+        if torch.version.cuda:
+            libraries += ["torch_cuda", "c10_cuda"]
+        folders = library_paths("cpu")
+        Path(self.output).parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            *shlex.split(os.environ.get("CXX", "c++")),
+            *("-O2", "-g0", STANDARD, "-Wall", "-Wextra", "-Werror", *system_headers("cpu")),
+            *csrc("runner/*.cpp"),
+            *("-o", self.output),
+            *(f"-L{folder}" for folder in folders),
+            *(f"-Wl,-rpath,{folder}" for folder in folders),
+            # The programs of a package look for symbols in what is loaded already.
+            "-Wl,--no-as-needed",
+            *(f"-l{library}" for library in libraries),
+            "-ldl",
+        ]
+        subprocess.run(command, cwd=ROOT, check=True)
+
+
 packages = find_packages(include=["retro_ops", "retro_ops.*"])
 package_dir = {}
 # Rooms at the top of the checkout that are installed inside the package.
@@ -108,6 +147,6 @@ setup(
         "retro_ops.models": [f"recall/**/*.{kind}" for kind in ("json", "md", "safetensors")],
     },
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildLibraries},
+    cmdclass={"build_ext": BuildLibraries, "build_runner": BuildRunner},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )
