@@ -324,7 +324,9 @@ def test_room_rules_allow(module: str, source: str, tmp_path: Path) -> None:
     assert complaint(module, name, on_import) is None
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/performance.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/export.md", "docs/performance.md"]
+)
 def test_document_names_files_that_exist(document: str) -> None:
     text = (ROOT / document).read_text("utf-8")
     rooms = "|".join((*ROOMS, "csrc", "compile_tests", r"\.ci"))
