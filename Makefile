@@ -23,11 +23,13 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_STAMP := $(VENV)/.$(subst ==,-,$(TORCH))
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 LIBRARY := retro_ops/_C.abi3.so
+RUNNER := build/retro_runner
+SOURCES := $(wildcard csrc/*.* csrc/runner/*.* compile_tests/*.cpp)
 # The package as it is installed, as links; mypy knows nothing of setup.py's package_dir.
 LAYOUT := $(VENV)/layout/retro_ops
 ROOMS = $(filter-out %.so %/__pycache__,$(wildcard retro_ops/*)) $(wildcard models benchmarks)
 
-.PHONY: demo test test-gpu bench lint format wheel clean
+.PHONY: demo test test-gpu bench runner lint format wheel clean
 
 demo: $(LIBRARY)
 	$(PY) -m retro_ops demo --model recall --compile $(ARGS)
@@ -45,18 +47,21 @@ test-gpu:
 bench: $(LIBRARY)
 	$(PY) -m retro_ops bench $(ARGS)
 
+# Runs exported models without Python: docs/export.md.
+runner: $(RUNNER)
+
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	@rm -rf $(LAYOUT) && mkdir -p $(LAYOUT) && ln -s $(addprefix $(CURDIR)/,$(ROOMS)) $(LAYOUT)
 	cd $(LAYOUT)/.. && ../bin/python -m mypy \
 	    --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/* compile_tests/*.cpp)
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 
 format: $(VENV)/.installed
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $(wildcard csrc/* compile_tests/*.cpp)
+	$(VENV)/bin/clang-format -i $(SOURCES)
 
 # Without build/lib, where files that are gone from the checkout would live on.
 wheel: $(VENV)/.installed
@@ -97,6 +102,9 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt \
 	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[models,dev]'
 	touch $@
 
-$(LIBRARY): csrc $(wildcard csrc/*) setup.py | $(VENV)/.installed
+$(LIBRARY): csrc $(wildcard csrc/*.*) setup.py pyproject.toml | $(VENV)/.installed
 	$(PY) setup.py --quiet build_ext --inplace
 	touch $@
+
+$(RUNNER): $(wildcard csrc/runner/*.*) setup.py | $(VENV)/.installed
+	$(PY) setup.py --quiet build_runner --output $@

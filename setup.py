@@ -1,25 +1,34 @@
 """Builds the op libraries: CPU kernels always, CUDA kernels where there are CUDA and a .cu source.
 
+`setup.py build_runner` builds the program that runs exported models without Python.
+
 Everything else about the package is in pyproject.toml.
 """
 
+import os
+import re
+import shlex
+import subprocess
 import warnings
 from pathlib import Path
 
 import torch
-from setuptools import Extension, find_packages, setup
+from setuptools import Command, Extension, find_packages, setup
 from torch.utils.cpp_extension import (
     CUDA_HOME,
     BuildExtension,
     CppExtension,
     CUDAExtension,
     include_paths,
+    library_paths,
 )
 
 ROOT = Path(__file__).parent
 # One binary for torch 2.11 and later: only the stable ABI of that version is used.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 STANDARD = "-std=c++20"
+# An exported model names the version of the op library that it needs; a library says its own.
+(VERSION,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
 # No -march: the sources choose instruction sets at run time. -g0: Python's own flags may ask for
 # debug information, which makes the library ten times larger.
 CXX_FLAGS = ["-O3", "-g0", STANDARD, "-fvisibility=hidden"]
@@ -39,7 +48,7 @@ def system_headers(device: str) -> list[str]:
 
 
 # With ninja every build looks at every header by itself; this serves builds without it.
-DEPENDS = [*csrc("*.h"), "setup.py"]
+DEPENDS = [*csrc("*.h"), "setup.py", "pyproject.toml"]
 
 # Neither library is a Python module: both are loaded with torch.ops.load_library, so that they
 # also load in a process without Python.
@@ -48,7 +57,14 @@ extensions = [
         "retro_ops._C",
         csrc("*.cpp"),
         depends=DEPENDS,
-        extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI, *system_headers("cpu")]},
+        extra_compile_args={
+            "cxx": [
+                *CXX_FLAGS,
+                STABLE_ABI,
+                f'-DRETRO_OPS_VERSION="{VERSION}"',
+                *system_headers("cpu"),
+            ]
+        },
         py_limited_api=True,
     )
 ]
@@ -80,6 +96,39 @@ class BuildLibraries(BuildExtension):
         super().build_extension(ext)
 
 
+class BuildRunner(Command):
+    """Compiles `csrc/runner/` for the torch that is installed, which must be there when it runs."""
+
+    description = "build the program that runs exported models without Python"
+    user_options = [("output=", "o", "the program to write")]  # noqa: RUF012  (setuptools')
+
+    def initialize_options(self) -> None:
+        self.output = str(ROOT / "build" / "retro_runner")
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        libraries = ["torch", "torch_cpu", "c10"]
+        if torch.version.cuda:
+            libraries += ["torch_cuda", "c10_cuda"]
+        folders = library_paths("cpu")
+        Path(self.output).parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            *shlex.split(os.environ.get("CXX", "c++")),
+            *("-O2", "-g0", STANDARD, "-Wall", "-Wextra", "-Werror", *system_headers("cpu")),
+            *csrc("runner/*.cpp"),
+            *("-o", self.output),
+            *(f"-L{folder}" for folder in folders),
+            *(f"-Wl,-rpath,{folder}" for folder in folders),
+            # The programs of a package look for symbols in what is loaded already.
+            "-Wl,--no-as-needed",
+            *(f"-l{library}" for library in libraries),
+            "-ldl",
+        ]
+        subprocess.run(command, cwd=ROOT, check=True)
+
+
 packages = find_packages(include=["retro_ops", "retro_ops.*"])
 package_dir = {}
 # Rooms at the top of the checkout that are installed inside the package.
@@ -98,6 +147,6 @@ setup(
         "retro_ops.models": [f"recall/**/*.{kind}" for kind in ("json", "md", "safetensors")],
     },
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildLibraries},
+    cmdclass={"build_ext": BuildLibraries, "build_runner": BuildRunner},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -26,6 +26,7 @@ OPS = (
     "update_pages",
     "wave_estimate",
 )
+OTHERS = ("cpu_kernels", "library_version", "no_backward", "post_update_pages", "worker_pool")
 # What the fakes of those that return something must return for `example_arguments`.
 RESULTS = {
     "cluster_gather": [([2, 3, 8, 2], "torch.int64")],
@@ -53,7 +54,7 @@ for name in sorted(torch._C._dispatch_get_all_op_names()):
             results = getattr(torch.ops.retro, name)(**example_arguments(name))
         if isinstance(results, torch.Tensor):
             results = [results]
-        if name in ("cpu_kernels", "worker_pool"):  # takes no tensor, so there is nothing to fake
+        if name in ("cpu_kernels", "library_version", "worker_pool"):  # no tensor to fake
             results = None
         print([name, [(list(result.shape), str(result.dtype)) for result in results or ()]])
 """
@@ -65,10 +66,7 @@ def test_fresh_process_has_every_schema_and_fake(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     results = dict(ast.literal_eval(line) for line in result.stdout.splitlines())
-    expected = {
-        name: RESULTS.get(name, [])
-        for name in (*OPS, "cpu_kernels", "no_backward", "post_update_pages", "worker_pool")
-    }
+    expected = {name: RESULTS.get(name, []) for name in (*OPS, *OTHERS)}
     assert results == expected
 
 
@@ -99,6 +97,10 @@ def test_counters_have_the_columns_of_the_kernels() -> None:
     assert counters[0, Counter.RETRIEVED_TOKENS] == 5
     assert counters[0, Counter.STEPS] == 1
     assert counters.sum() == 6
+
+
+def test_library_knows_its_version() -> None:
+    assert torch.ops.retro.library_version() == retro_ops.__version__
 
 
 def test_cpu_kernels_can_be_selected() -> None:

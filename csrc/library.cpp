@@ -63,4 +63,7 @@ STABLE_TORCH_LIBRARY(retro, m) {
 
   // Which CPU kernels run: 'avx512bf16', 'avx512', 'avx2' or 'portable'; a name selects them, '' only asks.
   m.def("cpu_kernels(str select) -> str");
+
+  // The version of this library: what an exported model names as the one that it needs.
+  m.def("library_version() -> str");
 }

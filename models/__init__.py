@@ -9,8 +9,9 @@ except ImportError as error:
 
 from retro_ops.models.attention import register
 from retro_ops.models.cache import RetroCache
+from retro_ops.models.export import export_model, load_exported
 from retro_ops.models.load import load_model, load_tokenizer
 
 register()
 
-__all__ = ["RetroCache", "load_model", "load_tokenizer"]
+__all__ = ["RetroCache", "export_model", "load_exported", "load_model", "load_tokenizer"]

@@ -256,13 +256,13 @@ def _attend_to_prompt(
 ) -> Tensor:
     tokens = query.shape[2]
     if torch.compiler.is_compiling():
-        if padding is None and window is None:
+        if window is not None:
+            return _attend_in_windows(module, query, keys, values, padding, scaling, window)
+        if padding is None:
             return sdpa_attention_forward(module, query, keys, values, None, scaling=scaling)[0]
         # For one graph of all lengths.
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-        if window is not None:
-            mask = mask.triu(1 - window)
-        mask = mask[None, None] if padding is None else mask & padding[:, None, None, :]
+        mask = mask & padding[:, None, None, :]
         return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)[0]
     band = None
     if window is not None and tokens > window:
@@ -279,6 +279,50 @@ def _attend_to_prompt(
             module, query[own], keys[own], values[own], band, scaling
         )[0]
     return out
+
+
+def _attend_in_windows(
+    module: nn.Module,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    padding: Tensor | None,
+    scaling: float | None,
+    window: int,
+) -> Tensor:
+    """The same as `_attend_in_pieces` with a band, in one graph of all lengths.
+
+    All pieces at once, as rows of a batch: `[B * pieces, heads, W, D]`.
+    """
+    rows, _, tokens, _ = query.shape
+    # At least two, and padding behind: a graph of all lengths has no place for special cases.
+    pieces = tokens // window + 2
+    behind = pieces * window - tokens
+
+    def piece(tensor: Tensor) -> Tensor:  # [B, heads, pieces * W, any] -> [B * pieces, ...]
+        split = tensor.unflatten(2, (pieces, window)).transpose(1, 2)
+        return split.flatten(0, 1)
+
+    def with_past(tensor: Tensor) -> Tensor:  # each piece behind the one before it
+        whole = nn.functional.pad(tensor, (0, 0, window, behind))
+        return torch.cat((piece(whole[:, :, :-window]), piece(whole[:, :, window:])), dim=2)
+
+    # Query i of a piece and key j, with one window before the piece: i < j <= i + window.
+    i = torch.arange(window, device=query.device)[:, None]
+    j = torch.arange(2 * window, device=query.device)
+    real = torch.ones(rows, tokens, dtype=torch.bool, device=query.device)
+    real = real if padding is None else real & padding
+    mask = with_past(real[:, None, :, None]).transpose(2, 3)  # [B * pieces, 1, 1, 2 W]
+    mask = mask & (i < j) & (j <= i + window)
+    out, _ = sdpa_attention_forward(
+        module,
+        piece(nn.functional.pad(query, (0, 0, 0, behind))),
+        with_past(keys),
+        with_past(values),
+        mask,
+        scaling=scaling,
+    )
+    return out.unflatten(0, (rows, pieces)).flatten(1, 2)[:, :tokens]
 
 
 def _attend_in_pieces(

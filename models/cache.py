@@ -230,6 +230,10 @@ class SlidingCacheLayer(CacheLayerMixin):
     def prefill(self, keys: Tensor, values: Tensor) -> None:
         """Keeps the latest tokens of a prompt, `[B, Hkv, T, D]`."""
         for window, new in ((self.keys, keys), (self.values, values)):
+            if torch.compiler.is_compiling():  # for one graph of all lengths
+                whole = torch.cat((window, new), dim=2)
+                window.copy_(whole.narrow(2, new.shape[2], self.past))
+                continue
             latest = new[:, :, max(new.shape[2] - self.past, 0) :]
             window[:, :, self.past - latest.shape[2] :] = latest
         self.cumulative_length.add_(keys.shape[2])

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="retro_ops", description="Long-context decoding with RetroInfer.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_export(commands)
     _add_bench(commands)
     _add_info(commands)
     options = parser.parse_args(arguments)
@@ -253,6 +254,81 @@ def _demo(options: argparse.Namespace) -> None:
         for answer in result.answers[:4]:
             print(f"{result.attention} wrote: {' '.join(answer.split())}")
     _write_json(options.json, [dataclasses.asdict(result) for result in results])
+
+
+def package_file(text: str) -> Path:
+    """A parser of packages to write."""
+    path = new_file(text)
+    if path.suffix != ".pt2":
+        raise argparse.ArgumentTypeError(f"must be a file *.pt2, got {text!r}")
+    return path
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands, "export", _export, "Write a model as a package that runs without Python."
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="recall or recall-128k (in the package), gemma, a directory, or a model of the hub",
+    )
+    parser.add_argument(
+        "--context",
+        type=number(1),
+        required=True,
+        help="tokens that a row can hold, prompt and generated ones",
+    )
+    parser.add_argument("--batch-size", type=number(1), default=1, help="rows; no other number")
+    parser.add_argument("--out", type=package_file, default="model.pt2", metavar="FILE")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the model (float32 on a CPU, else bfloat16)"
+    )
+    parser.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
+    _add_budgets(parser)
+
+
+def _export(options: argparse.Namespace) -> None:
+    import time
+
+    from retro_ops.models import export_model, load_model
+
+    config = _budgets(options)
+    place = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = options.dtype or ("float32" if place == "cpu" else "bfloat16")
+    begin = time.perf_counter()
+    with _progress() as progress:
+        progress(f"loading {options.model}", 0, 5)
+        model = load_model(options.model, dtype=DTYPES[name], device=place)
+        metadata = export_model(
+            model,
+            options.out,
+            context=options.context,
+            batch_size=options.batch_size,
+            config=config,
+            name=options.model,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - begin
+    megabytes = options.out.stat().st_size / 1e6
+    print(
+        f"{options.out}: {options.model}, {name} on {metadata['retro.device']}, batch "
+        f"{options.batch_size}, up to {options.context:,} tokens, {megabytes:.1f} MB, "
+        f"in {seconds:.0f} s"
+    )
+    print(f"It needs version {metadata['retro.ops']} of the op library: {_library()}")
+    figures = {**metadata, "megabytes": megabytes, "seconds": seconds}
+    _write_json(options.json, figures)
+
+
+def _library() -> str:
+    """Where the op library is, as one would type it here."""
+    from retro_ops._library import find_library
+
+    path, here = find_library("_C"), Path.cwd()
+    inside = path is not None and path.resolve().is_relative_to(here)
+    return str(path.resolve().relative_to(here) if path is not None and inside else path)
 
 
 def _add_bench(commands: Any) -> None:

@@ -48,7 +48,8 @@ def build(layer: RetroLayer, keys: Tensor, values: Tensor, starts: Tensor) -> No
     spans = indexed_spans(config, starts, tokens)
     position = torch.arange(tokens, device=keys.device)
     indexed = (position >= spans[:, :1]) & (position < spans[:, 1:])
-    if tokens >= config.steady_capacity:  # a shorter prompt has nothing to index in any row
+    # A shorter prompt has nothing to index in any row; a compiled one serves prompts of any length.
+    if layer.store.shape[3] and (torch.compiler.is_compiling() or tokens >= config.steady_capacity):
         assignment = cluster_keys(
             keys, spans, config.cluster_size, config.segment_size, config.kmeans_iterations
         )

@@ -1,0 +1,684 @@
+"""Programs that leave Python: torch.export, TorchScript, packages, and the runner that needs none.
+
+Models are exported in fresh processes, as users do, and run by `csrc/runner/`, compiled once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+)
+
+import retro_ops
+from retro_ops import RetroConfig, RetroLayer
+from retro_ops._library import find_library
+from retro_ops.cli import main
+from retro_ops.models import RetroCache, export_model, load_exported
+from retro_ops.models.export import Program, state_of
+from retro_ops.testing import assert_same, example_arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = sorted(set(retro_ops.__all__) - {"RetroConfig", "RetroLayer"})
+# The index is used from 52 tokens on, and grows every 32.
+SMALL = RetroConfig(
+    local_tokens=16, cluster_size=8, segment_size=64, update_segment=32, min_retrieved_clusters=2
+)
+VOCABULARY = 97
+BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+forms = pytest.mark.parametrize("form", ["traced", "decomposed", "loaded"])
+strictness = pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+
+
+def in_form(program: ExportedProgram, form: str) -> Any:
+    """A module that runs a program: as traced, after decomposition, or saved and loaded."""
+    if form == "decomposed":
+        return program.run_decompositions().module()
+    if form == "loaded":
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        return torch.export.load(file).module()
+    return program.module()
+
+
+# Ops
+
+
+class Call(nn.Module):
+    """An op with its tensors as inputs."""
+
+    def __init__(self, name: str, numbers: dict[str, Any]) -> None:
+        super().__init__()
+        self.name, self.numbers = name, numbers
+
+    def forward(self, tensors: dict[str, Tensor]) -> Any:
+        return getattr(torch.ops.retro, self.name)(**tensors, **self.numbers)
+
+
+def arguments_of(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and numbers for an op that does something: random ones, and a prompt to cluster."""
+    generator = torch.Generator().manual_seed(0)
+    tensors, numbers = {}, {}
+    for key, value in example_arguments(name).items():
+        if not isinstance(value, Tensor):
+            numbers[key] = value
+        elif value.is_floating_point():
+            tensors[key] = torch.rand(value.shape, generator=generator)
+        else:
+            tensors[key] = value
+    if "spans" in tensors:
+        tensors["spans"][:, 1] = tensors["keys"].shape[2]
+    return tensors, numbers
+
+
+def rows_axis(key: str) -> int:
+    return 1 if key in ("steady", "store", "centroids") else 0
+
+
+def resized(tensors: dict[str, Tensor], rows: int, tokens: int) -> dict[str, Tensor]:
+    """The same with other numbers of rows and, where an op takes several, of new tokens."""
+    out = {}
+    for key, tensor in tensors.items():
+        axis = rows_axis(key)
+        tensor = torch.cat([tensor] * rows, dim=axis).narrow(axis, 0, rows)
+        if key in ("keys", "values", "assignment"):
+            tensor = torch.cat([tensor] * tokens, dim=2).narrow(2, 0, tokens)
+        if key == "mask":
+            tensor = torch.cat([tensor] * tokens, dim=1).narrow(1, 0, tokens)
+        if key == "spans":
+            tensor = tensor.clamp(max=tokens)
+        out[key] = tensor.contiguous()
+    return out
+
+
+def dynamic_axes(tensors: dict[str, Tensor]) -> dict[str, dict[int, Any]]:
+    axes = {key: {rows_axis(key): Dim("rows", min=2, max=9)} for key in tensors}
+    for key, axis in (("keys", 2), ("values", 2), ("assignment", 2), ("mask", 1)):
+        if key in axes:
+            axes[key][axis] = Dim("tokens", min=2, max=99)
+    return axes
+
+
+@pytest.mark.parametrize("sizes", ["static", "dynamic"])
+@strictness
+@pytest.mark.parametrize("name", OPS)
+def test_op_exports(name: str, strict: bool, sizes: str) -> None:
+    """Traced, decomposed and loaded programs change and return what the op does, bit for bit."""
+    tensors, numbers = arguments_of(name)
+    axes = {"tensors": dynamic_axes(tensors)} if sizes == "dynamic" else None
+    program = torch.export.export(
+        Call(name, numbers), ({**tensors},), dynamic_shapes=axes, strict=strict
+    )
+    assert [str(node.target) for node in program.graph.nodes if "retro" in str(node.target)] == [
+        f"retro.{name}.default"
+    ]
+    others = [(2, 5), (3, 7), (4, 2)] if sizes == "dynamic" else [(2, 5)]
+    for form in ("traced", "decomposed", "loaded"):
+        run = in_form(program, form)
+        for rows, tokens in others:
+            given = resized(tensors, rows, tokens)
+            mine, theirs = ({key: t.clone() for key, t in given.items()} for _ in range(2))
+            expected = getattr(torch.ops.retro, name)(**theirs, **numbers)
+            got = run(mine)
+            for one, other in zip(as_list(got), as_list(expected), strict=True):
+                assert_same(one, other, f"{form}, {rows} rows, {tokens} tokens")
+            for key in given:
+                assert_same(mine[key], theirs[key], f"{form}, {key}")
+
+
+def as_list(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [] if result is None else list(result)
+
+
+def test_torchscript_calls_the_ops(tmp_path: Path) -> None:
+    """A scripted function, saved and loaded; TorchScript takes the ops by their schemas."""
+
+    def step(
+        query: Tensor, steady: Tensor, keys: Tensor, values: Tensor, counters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        torch.ops.retro.append_tokens(keys, values, None, steady, counters, 50)
+        nothing = torch.zeros(query.shape[0], steady.shape[2], 0, 2, dtype=torch.int64)
+        store = steady[:, :, :, :0]
+        estimate_lse = torch.full(query.shape[:2], float("-inf"))
+        return torch.ops.retro.merged_attention(
+            query,
+            steady,
+            store,
+            nothing,
+            counters,
+            torch.zeros_like(query),
+            estimate_lse,
+            0.25,
+        )
+
+    torch.manual_seed(0)
+    query, keys = torch.randn(2, 4, 16), torch.randn(2, 2, 30, 16)
+    file = tmp_path / "step.pt"
+    torch.jit.script(step).save(str(file))
+    results = []
+    for function in (step, torch.jit.load(str(file))):
+        steady = torch.zeros(2, 2, 2, 50, 16)
+        counters = torch.zeros(2, 8, dtype=torch.int64)
+        out, lse = function(query, steady, keys, keys + 1, counters)
+        results.append((out, lse, steady, counters))
+    assert int(results[0][3][0, 0]) == 30
+    for one, other in zip(*results, strict=True):
+        assert_same(one, other)
+    expected = nn.functional.scaled_dot_product_attention(
+        query[:, :, None], keys, keys + 1, scale=0.25, enable_gqa=True
+    )
+    torch.testing.assert_close(results[1][0], expected[:, :, 0])
+
+
+# The layer
+
+
+class Layer(nn.Module):
+    """A layer as a program: a prompt, or a step where `query` is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = RetroLayer(
+            SMALL,
+            batch_size=2,
+            num_query_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            max_length=200,
+            dtype=torch.float32,
+        )
+
+    def forward(self, keys: Tensor, values: Tensor, query: Tensor | None = None) -> Any:
+        if query is None:
+            return self.layer.prefill(keys, values)
+        return self.layer.decode(query, keys, values)
+
+
+@forms
+@strictness
+def test_layer_exports(strict: bool, form: str) -> None:
+    """Prompts of any length and the steps behind them, over three growths of the index."""
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 2, 2, 200, 16)
+    queries = torch.randn(2, 4, 200, 16)
+    prompt = (keys[:, :, :60].contiguous(), values[:, :, :60].contiguous())
+    length = {2: Dim("tokens", min=2, max=200)}
+    prefill = in_form(
+        torch.export.export(Layer(), prompt, dynamic_shapes=(length, length), strict=strict),
+        form,
+    )
+    one = [tensor[:, :, :1].contiguous() for tensor in (keys, values, queries)]
+    decode = in_form(torch.export.export(Layer(), tuple(one), strict=strict), form)
+    for tokens in (3, 51, 52, 100):
+        expected = Layer().layer
+        expected.prefill(keys[:, :, :tokens], values[:, :, :tokens])
+        prefill(keys[:, :, :tokens], values[:, :, :tokens])
+        for name, buffer in prefill.named_buffers():
+            # Behind what the counters say, memory may hold anything.
+            decode.get_buffer(name).copy_(buffer)
+        for t in range(tokens, tokens + 98):
+            token = [tensor[:, :, t : t + 1] for tensor in (keys, values, queries)]
+            assert_same(
+                decode(*token), expected.decode(token[2], token[0], token[1]), f"{tokens}, {t}"
+            )
+        assert expected.stats()["updates"] >= 2 * 2
+        for name, buffer in decode.named_buffers():
+            if name.endswith(("counters", "offsets")):
+                assert_same(buffer, expected.get_buffer(name.removeprefix("layer.")), name)
+
+
+# Models
+
+
+def make_model(config: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="retro").eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def gemma() -> Any:
+    """Sliding and full layers."""
+    return Gemma3TextConfig(
+        **{**BASE, "head_dim": 32},
+        sliding_window=24,
+        query_pre_attn_scalar=32,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+
+
+def make_prompt(rows: int, tokens: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (rows, tokens), generator=generator)
+
+
+def generate(model: PreTrainedModel, ids: Tensor, config: RetroConfig, new_tokens: int) -> Tensor:
+    """What `model.generate` writes, `[B, new_tokens]`."""
+    cache = RetroCache(
+        model.config, config, max_cache_len=ids.shape[1] + new_tokens, batch_size=len(ids)
+    )
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
+    return out[:, ids.shape[1] :]
+
+
+def run_process(*command: Any, **arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, **arguments)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("export")
+
+
+@pytest.fixture(scope="session")
+def llama(folder: Path) -> tuple[PreTrainedModel, Path]:
+    """A model, and its package of two rows with default settings, made by the command."""
+    model = make_model(LlamaConfig(**BASE))
+    model.save_pretrained(folder / "llama")
+    package = folder / "llama.pt2"
+    command = (sys.executable, "-m", "retro_ops", "export", folder / "llama")
+    options = ("--context", 2400, "--batch-size", 2, "--out", package, "--device", "cpu")
+    ran = run_process(*command, *options, "--json", folder / "llama.json", cwd=folder)
+    assert ran.returncode == 0, ran.stderr
+    assert "batch 2, up to 2,400 tokens" in ran.stdout
+    assert ran.stderr == ""
+    return model, package
+
+
+EXPORT = """
+import json, sys
+import torch
+from retro_ops import RetroConfig
+from retro_ops.models import export_model, load_model
+
+folder, package, config, context = sys.argv[1:]
+model = load_model(folder, device="cpu")
+export_model(model, package, context=int(context), config=RetroConfig(**json.loads(config)))
+"""
+
+
+@pytest.fixture(scope="session")
+def small_gemma(folder: Path) -> tuple[PreTrainedModel, Path]:
+    """A model with sliding windows, and its package of one row with an index that grows soon."""
+    model = make_model(gemma())
+    model.save_pretrained(folder / "gemma")
+    package = folder / "gemma.pt2"
+    settings = json.dumps(vars(SMALL))
+    ran = run_process(
+        sys.executable, "-c", EXPORT, folder / "gemma", package, settings, 200, cwd=folder
+    )
+    assert ran.returncode == 0, ran.stderr
+    return model, package
+
+
+@pytest.fixture(scope="session")
+def runner(folder: Path) -> Path:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no C++ compiler ({compiler}), which builds the runner")
+    program = folder / "retro_runner"
+    ran = run_process(
+        *(sys.executable, "setup.py", "--quiet", "build_runner", "--output", program), cwd=ROOT
+    )
+    assert ran.returncode == 0, ran.stderr
+    return program
+
+
+def library() -> Path:
+    path = find_library("_C")
+    assert path is not None
+    return path
+
+
+def as_lines(ids: Tensor) -> str:
+    return "\n".join(" ".join(map(str, row)) for row in ids.tolist()) + "\n"
+
+
+def run_runner(
+    program: Path, package: Path, ids: Tensor | str, *options: Any, ops: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The runner on rows of ids, in an environment in which no Python is to be found."""
+    return run_process(
+        *(program, package, "--ops", ops or library(), "--threads", 1, *options),
+        input=ids if isinstance(ids, str) else as_lines(ids),
+        env={"TMPDIR": str(package.parent)},
+    )
+
+
+def tokens_of(ran: subprocess.CompletedProcess[str]) -> Tensor:
+    assert ran.returncode == 0, ran.stderr
+    return torch.tensor([list(map(int, line.split())) for line in ran.stdout.splitlines()])
+
+
+def test_runner_writes_the_tokens_of_generate(
+    llama: tuple[PreTrainedModel, Path], runner: Path
+) -> None:
+    """Default settings: the index is built of 1,093 tokens, and grows at 2,116."""
+    model, package = llama
+    for prompt, new_tokens in ((1, 40), (2, 3), (1091, 40), (1092, 40), (1200, 1150), (2400, 1)):
+        ids = make_prompt(2, prompt, seed=prompt)
+        ran = run_runner(runner, package, ids, "--new-tokens", new_tokens)
+        got = tokens_of(ran)
+        expected = generate(model, ids, RetroConfig(), new_tokens)
+        assert torch.equal(got, expected), (prompt, int((got != expected).sum()))
+        assert re.search(rf"prompt of {prompt} tokens [\d.]+ ms", ran.stderr)
+        assert ("ms per token" in ran.stderr) == (new_tokens > 1)
+
+
+def test_package_writes_the_tokens_of_generate(
+    llama: tuple[PreTrainedModel, Path], small_gemma: tuple[PreTrainedModel, Path], runner: Path
+) -> None:
+    """In Python and in the runner, around a window of 24 tokens and around the first segment."""
+    model, package = small_gemma
+    exported = load_exported(package)
+    state = exported.new_state()
+    for prompt in (1, 2, 23, 24, 25, 51, 52, 120):
+        ids = make_prompt(1, prompt, seed=prompt)
+        new_tokens = min(120, 201 - prompt)
+        expected = generate(model, ids, SMALL, new_tokens)
+        # A state that was used before is as good as a new one.
+        assert torch.equal(exported.generate(ids, new_tokens, state), expected)
+        assert expected.unique().numel() > 5
+        counters = state["1.counters"]
+        assert int(counters[0, 3]) >= 2, "the index did not grow"
+    got = tokens_of(run_runner(runner, package, ids, "--new-tokens", new_tokens))
+    assert torch.equal(got, expected)
+
+    model, package = llama
+    exported, ids = load_exported(package), make_prompt(2, 1500)
+    logits = exported.prefill(ids, state := exported.new_state())
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
+    # Two conversations at once.
+    other = exported.new_state()
+    exported.prefill(ids + 1 - 97 * (ids == 96), other)
+    assert not torch.equal(state["0.store"], other["0.store"])
+    expected = generate(model, ids, RetroConfig(), 20)
+    assert torch.equal(exported.generate(ids, 20, state), expected)
+
+
+def test_tokens_come_from_a_file_too(
+    llama: tuple[PreTrainedModel, Path], runner: Path, tmp_path: Path
+) -> None:
+    ids = make_prompt(2, 30)
+    file = tmp_path / "ids.txt"
+    file.write_text(as_lines(ids))
+    ran = run_runner(runner, llama[1], "", "--tokens", file, "--new-tokens", 5)
+    assert torch.equal(tokens_of(ran), generate(llama[0], ids, RetroConfig(), 5))
+
+
+def test_there_is_no_python_in_the_process(
+    llama: tuple[PreTrainedModel, Path], runner: Path
+) -> None:
+    """Nor in what it loads later: the op library, and the programs of the package."""
+    linked = run_process("ldd", runner).stdout
+    assert "libtorch_cpu.so" in linked
+    assert "python" not in Path(runner).name + "".join(
+        line.split()[0] for line in linked.splitlines()
+    )
+    command = (runner, llama[1], "--ops", library())
+    with subprocess.Popen(
+        list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        # It has loaded everything when it waits for the prompt.
+        maps, end = "", time.monotonic() + 60
+        while maps.count("wrapper.so") == 0 and time.monotonic() < end:
+            time.sleep(0.05)
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+        process.communicate(as_lines(make_prompt(2, 4)))
+    assert process.returncode == 0
+    files = {Path(line.split()[-1]).name for line in maps.splitlines() if "/" in line}
+    assert library().name in files
+    assert any(name.endswith("wrapper.so") for name in files)
+    assert not [name for name in files if "libpython" in name or "libtorch_python" in name]
+
+
+def test_package_says_what_it_is(llama: tuple[PreTrainedModel, Path], folder: Path) -> None:
+    package = llama[1]
+    metadata = load_exported(package).metadata
+    config = json.loads(metadata["retro.config"])
+    assert RetroConfig(**config) == RetroConfig()
+    facts = {key.removeprefix("retro."): value for key, value in metadata.items()}
+    assert facts["ops"] == retro_ops.__version__
+    assert facts["torch"] == torch.__version__
+    assert (facts["context"], facts["batch_size"], facts["vocabulary"]) == ("2400", "2", "97")
+    assert (facts["device"], facts["dtype"]) == ("cpu", "float32")
+    assert "0.counters int64 2x8" in facts["state"].splitlines()
+    figures = json.loads((folder / "llama.json").read_text())
+    assert figures["retro.state"] == metadata["retro.state"]
+    assert figures["megabytes"] == package.stat().st_size / 1e6
+
+
+def test_weights_are_there_once(small_gemma: tuple[PreTrainedModel, Path]) -> None:
+    """For both programs."""
+    model, package = small_gemma
+    with zipfile.ZipFile(package) as archive:
+        records = [info for info in archive.infolist() if "/weights/" in info.filename]
+        kept = sum(info.file_size for info in records if not info.filename.endswith("list"))
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    assert needed <= kept < needed + 4096
+
+
+def test_a_window_costs_its_length() -> None:
+    """No tensor of the program for a prompt grows with the square of it."""
+    model, tokens = make_model(MistralConfig(**BASE, sliding_window=24)), 2000
+    cache = RetroCache(model.config, SMALL, max_cache_len=tokens)
+    ids = torch.ones(1, tokens, dtype=torch.int64)
+    with torch.no_grad():
+        model(ids[:, :2], past_key_values=cache)
+        state = state_of(cache)
+        program = torch.export.export(
+            Program(model, cache),
+            (ids, state),
+            dynamic_shapes=({1: Dim("tokens", min=2, max=tokens)}, dict.fromkeys(state)),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    sizes = [int(value.numel()) for value in values if isinstance(value, Tensor)]
+    assert 2000 < max(sizes) < tokens**2 / 10
+
+
+# Refusals
+
+
+def with_metadata(package: Path, changed: Path, **facts: str) -> Path:
+    """A copy of a package that says something else of itself."""
+    with zipfile.ZipFile(package) as old, zipfile.ZipFile(changed, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("metadata.json"):
+                own = json.loads(data)
+                own.update({f"retro.{key}": value for key, value in facts.items()})
+                data = json.dumps(own).encode()
+            # The folder inside has the name of the file.
+            new.writestr(f"{changed.stem}/{name.partition('/')[2]}", data)
+    return changed
+
+
+PACKAGES: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
+    "version": (
+        lambda package, path: with_metadata(package, path / "v.pt2", ops="9.8.7"),
+        f"needs version 9.8.7 of the op library, version {retro_ops.__version__} is loaded",
+    ),
+    "format": (
+        lambda package, path: with_metadata(package, path / "f.pt2", format="0"),
+        "is not a package of this version of retro_ops (format 0, not 1)",
+    ),
+    "missing": (lambda package, path: path / "none.pt2", "no package '"),
+    "text": (lambda package, path: ROOT / "README.md", "(format unknown, not 1); make one with"),
+    "gpu": (
+        lambda package, path: with_metadata(package, path / "g.pt2", device="cuda"),
+        "was exported for cuda, and there is no GPU here",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_refuses_packages(
+    name: str, llama: tuple[PreTrainedModel, Path], runner: Path, tmp_path: Path
+) -> None:
+    if name == "gpu" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    make, words = PACKAGES[name]
+    package = make(llama[1], tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        load_exported(package)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    check_refusal(run_runner(runner, package, "1\n2\n"), words)
+
+
+def check_refusal(ran: subprocess.CompletedProcess[str], words: str) -> None:
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stdout == ""
+    assert words in ran.stderr
+    assert ran.stderr.startswith("retro_runner: ")
+    assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "words"),
+    [
+        ("1 2\n", [], "exported for batch size 2, got 1 rows; export it with --batch-size 1"),
+        ("1\n2\n3\n", [], "exported for batch size 2, got 3 rows; export it with --batch-size 3"),
+        ("1 2\n3\n", [], "rows must have equal length, got 2 and 1 tokens"),
+        ("1 2\n3 97\n", [], "token ids must lie in 0..96, got 97"),
+        ("1 2\n3 -4\n", [], "token ids must be a whole number from 0 on, got '-4'"),
+        ("1 2\n3 x\n", [], "token ids must be a whole number from 0 on, got 'x'"),
+        ("", [], "no token ids given"),
+        ("1\n2\n", ["--new-tokens", 2401], "1 tokens and 2401 new ones exceed the context of 2400"),
+        ("1 " * 2401 + "\n" + "1 " * 2401, ["--new-tokens", 1], "a prompt of 2401 tokens and 1"),
+        ("1\n2\n", ["--new-tokens", 0], "--new-tokens must be a whole number from 1 on, got '0'"),
+        ("1\n2\n", ["--device", "cuda"], "was exported for cpu, not for cuda; export it with"),
+        ("1\n2\n", ["--device", "abacus"], "--device must be cpu or cuda, got 'abacus'"),
+        ("1\n2\n", ["--tokens", "/no/such/file"], "cannot read '/no/such/file'"),
+        ("1\n2\n", ["--ops", "/no/such/lib.so"], "cannot load op library: /no/such/lib.so"),
+        ("1\n2\n", ["--threads"], "--threads needs a value"),
+        ("1\n2\n", ["--fast"], "unknown argument '--fast'"),
+    ],
+)
+def test_runner_refuses(
+    ids: str, options: list[Any], words: str, llama: tuple[PreTrainedModel, Path], runner: Path
+) -> None:
+    check_refusal(run_runner(runner, llama[1], ids, *options), words)
+
+
+def test_runner_needs_an_op_library(llama: tuple[PreTrainedModel, Path], runner: Path) -> None:
+    check_refusal(run_process(runner, llama[1]), "no op library named; give --ops")
+    other = Path(torch.__file__).parent / "lib" / "libc10.so"
+    ran = run_runner(runner, llama[1], "1\n2\n", ops=other)
+    check_refusal(ran, "no op library of retro_ops is loaded")
+    check_refusal(run_process(runner), "no package named")
+    assert "one row of the batch per line" in run_process(runner, "--help").stdout
+
+
+def test_python_refuses(llama: tuple[PreTrainedModel, Path]) -> None:
+    exported = load_exported(llama[1])
+    state = exported.new_state()
+    for call, words in (
+        (lambda: exported.prefill(make_prompt(3, 5), state), "batch size 2, got 3 rows"),
+        (lambda: exported.prefill(make_prompt(2, 2401), state), "a prompt of 2401 tokens and 1"),
+        (lambda: exported.generate(make_prompt(2, 2400), 2), "2400 tokens and 2 new ones exceed"),
+        (lambda: exported.generate(make_prompt(2, 5), 0), "new tokens must be at least 1, got 0"),
+        (lambda: exported.prefill(make_prompt(2, 5) + 90, state), "must lie in 0..96, got"),
+        (lambda: exported.prefill(make_prompt(2, 5).int(), state), "[2, 5] of torch.int32"),
+        (lambda: exported.decode(make_prompt(2, 5), state), "one token of each row, got 5"),
+        (lambda: load_exported(llama[1], "cuda"), "was exported for cpu, not for cuda"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            call()
+
+
+def test_export_refuses(tmp_path: Path) -> None:
+    model = make_model(LlamaConfig(**BASE))
+    windows = make_model(MistralConfig(**BASE, sliding_window=24))
+    out = tmp_path / "x.pt2"
+    for call, words in (
+        (lambda: export_model(model, tmp_path / "x.bin", context=99), "must be a file *.pt2"),
+        (lambda: export_model(model, out, context=15), "context must be at least 16 tokens"),
+        (lambda: export_model(model, out, context=99, batch_size=0), "got 99 and 0"),
+        (lambda: export_model(model, out, context=4097), "exceeds the 4096 that the model reads"),
+        (lambda: export_model(windows, out, context=99), "no full-attention layers"),
+        (lambda: export_model(model.train(), out, context=99), "in training mode"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            call()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["recall"], "required: --context"),
+        (["recall", "--context", "0"], "whole number from 1 on, got '0'"),
+        (["recall", "--context", "99", "--batch-size", "any"], "whole number from 1 on, got 'any'"),
+        (["recall", "--context", "99", "--device", "cuda:99"], "must be one of cpu"),
+        (["recall", "--context", "99", "--out", "model.bin"], "must be a file *.pt2"),
+        (["recall", "--context", "99", "--out", "/no/such/x.pt2"], "cannot write"),
+        (["recall", "--context", "9"], "context must be at least 16 tokens"),
+        (["recall", "--context", "300000"], "exceeds the 262144 that the model reads"),
+        (["/no/such/model", "--context", "99"], "no model '/no/such/model'"),
+    ],
+)
+def test_command_refuses(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "x.pt2")]
+    try:
+        status: Any = main(["export", *arguments, *out])
+    except SystemExit as error:
+        status = error.code
+    printed = capsys.readouterr()
+    assert status == 2
+    assert words in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_export_needs_a_compiler(tmp_path: Path) -> None:
+    model = make_model(LlamaConfig(**BASE))
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(OSError, match=r"no C\+\+ compiler found.*install g\+\+"),
+    ):
+        export_model(model, tmp_path / "x.pt2", context=99)

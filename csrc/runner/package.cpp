@@ -1,0 +1,148 @@
+#include "package.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <caffe2/serialize/inline_container.h>
+#include <dlfcn.h>
+
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+
+namespace retro {
+namespace {
+
+constexpr const char* kFormat = "1";
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// A tensor as a package describes it: "float32 2x1x8x64"; "-" is the shape of a scalar.
+struct Description {
+  at::ScalarType dtype;
+  std::vector<int64_t> shape;
+};
+
+Description parse(std::istream& words) {
+  static const std::map<std::string, at::ScalarType> kTypes = {
+      {"float32", at::kFloat},  {"bfloat16", at::kBFloat16}, {"float16", at::kHalf},
+      {"float64", at::kDouble}, {"bool", at::kBool},         {"uint8", at::kByte},
+      {"int8", at::kChar},      {"int16", at::kShort},       {"int32", at::kInt},
+      {"int64", at::kLong},
+  };
+  std::string dtype, shape, size;
+  words >> dtype >> shape;
+  const auto type = kTypes.find(dtype);
+  if (type == kTypes.end()) fail("the package has a tensor of unknown type '", dtype, "'");
+  Description description{type->second, {}};
+  std::istringstream sizes(shape);
+  while (shape != "-" && std::getline(sizes, size, 'x')) {
+    description.shape.push_back(std::stoll(size));
+  }
+  return description;
+}
+
+}  // namespace
+
+void load_library(const std::string& path) {
+  // With a slash dlopen looks for a file, not through the system's folders.
+  const std::string file = path.find('/') == std::string::npos ? "./" + path : path;
+  if (!dlopen(file.c_str(), RTLD_NOW | RTLD_GLOBAL)) fail("cannot load op library: ", dlerror());
+}
+
+std::string library_version() {
+  const auto op = c10::Dispatcher::singleton().findSchema({"retro::library_version", ""});
+  if (!op) fail("no op library of retro_ops is loaded; name one with --ops");
+  torch::jit::Stack stack;
+  op->callBoxed(&stack);
+  return stack.front().toStringRef();
+}
+
+Package::Package(const std::string& path, const std::string& device) {
+  if (!std::ifstream(path)) fail("no package '", path, "'");
+  try {
+    metadata_ = Loader::load_metadata_from_package(path, "decode");
+  } catch (const std::exception&) {
+    // No package at all, which has no format either.
+  }
+  const std::string format = metadata_["retro.format"];
+  if (format != kFormat) {
+    fail(
+        path, " is not a package of this version of retro_ops (format ",
+        format.empty() ? "unknown" : format, ", not ", kFormat,
+        "); make one with `python -m retro_ops export`");
+  }
+  const std::string needed = metadata_["retro.ops"], loaded = library_version();
+  if (needed != loaded) {
+    fail(
+        path, " needs version ", needed, " of the op library, version ", loaded,
+        " is loaded; export it anew, or load version ", needed);
+  }
+  const std::string own = metadata_["retro.device"];
+  if (!device.empty() && device != own) {
+    fail(
+        path, " was exported for ", own, ", not for ", device, "; export it with --device ",
+        device);
+  }
+  if (own == "cuda" && !at::hasCUDA()) {
+    fail(path, " was exported for cuda, and there is no GPU here");
+  }
+  context_ = std::stoll(metadata_["retro.context"]);
+  batch_size_ = std::stoll(metadata_["retro.batch_size"]);
+  vocabulary_ = std::stoll(metadata_["retro.vocabulary"]);
+  device_ = own == "cuda" ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
+
+  std::istringstream lines(metadata_["retro.state"]);
+  for (std::string name; lines >> name;) {
+    const Description description = parse(lines);
+    state_.push_back(
+        at::zeros(description.shape, at::TensorOptions(device_).dtype(description.dtype)));
+  }
+  decode_ = std::make_unique<Loader>(path, "decode", /*run_single_threaded=*/true);
+  prefill_ = std::make_unique<Loader>(path, "prefill", /*run_single_threaded=*/true);
+  read_weights(path);
+}
+
+void Package::read_weights(const std::string& path) {
+  caffe2::serialize::PyTorchStreamReader archive(path);
+  const auto [list, bytes] = archive.getRecord("weights/list");
+  std::istringstream lines(std::string(static_cast<const char*>(list.get()), bytes));
+  std::unordered_map<std::string, at::Tensor> records;
+  std::unordered_map<std::string, std::unordered_map<std::string, at::Tensor>> weights;
+  for (std::string program, name, record; lines >> program >> name >> record;) {
+    const Description description = parse(lines);
+    at::Tensor& tensor = records[record];
+    if (!tensor.defined()) {
+      tensor = at::empty(description.shape, description.dtype);
+      const size_t size = archive.getRecord(record, tensor.data_ptr(), tensor.nbytes());
+      if (size != tensor.nbytes()) fail(path, " is damaged: weight ", name, " is not whole");
+      tensor = tensor.to(device_);
+    }
+    weights[program][name] = tensor;
+    weights_.push_back(tensor);
+  }
+  for (const auto& [program, name] :
+       {std::pair(decode_.get(), "decode"), {prefill_.get(), "prefill"}}) {
+    program->load_constants(
+        weights[name], /*use_inactive=*/false, /*check_full_update=*/true, /*user_managed=*/true);
+  }
+}
+
+at::Tensor Package::prefill(const at::Tensor& ids) {
+  if (ids.size(1) > 1) return run(*prefill_, ids);
+  for (at::Tensor& tensor : state_) tensor.zero_();  // one token: the step of an empty state
+  return run(*decode_, ids);
+}
+
+at::Tensor Package::decode(const at::Tensor& ids) { return run(*decode_, ids); }
+
+at::Tensor Package::run(Loader& program, const at::Tensor& ids) {
+  std::vector<at::Tensor> inputs{ids.to(device_).contiguous()};
+  inputs.insert(inputs.end(), state_.begin(), state_.end());
+  return program.run(inputs).front();
+}
+
+}  // namespace retro

@@ -1,0 +1,476 @@
+"""A whole model as two compiled programs in one file that run without Python.
+
+`export_model` traces the prompt and the step of a model with retro attention, compiles both with
+AOTInductor and writes one package. All that changes from token to token is in tensors that both
+programs take as inputs, so they share it, and one package serves any number of conversations.
+`load_exported` runs a package in Python; the runner in `csrc/runner/` runs it without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.export.pt2_archive._package import load_pt2, package_pt2
+from transformers import PreTrainedModel
+
+from retro_ops import RetroConfig
+from retro_ops.models.attention import NAME
+from retro_ops.models.cache import RetroCache, RetroCacheLayer
+
+FORMAT = "1"
+"""Of the metadata and the weights; the runner in `csrc/runner/` has the same number."""
+PROGRAMS = ("decode", "prefill")
+MIN_CONTEXT = 16
+"""Tokens; a program for prompts of any length is no program for prompts of one length."""
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool),
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    )
+}
+"""Types of state and weights by the names that a package has for them."""
+
+State = dict[str, Tensor]
+"""What a conversation has come to, by name: `layer.tensor` for every layer, then `position`."""
+
+
+class Program(nn.Module):
+    """Tokens and state in, logits out: what is traced, once for a prompt and once for a step.
+
+    Args:
+        model: with retro attention.
+        cache: of the model, allocated; its tensors give way to those of the state.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: RetroCache) -> None:
+        super().__init__()
+        self.model = model
+        self._cache = cache
+
+    def forward(self, ids: Tensor, state: State) -> Tensor:
+        """The logits that follow `ids`; the state changes in place.
+
+        Args:
+            ids: `[B, T]` int64. More than one token is a prompt: what the state held is forgotten.
+            state: as `state_of` gives it.
+
+        Returns:
+            `[B, V]` in the dtype of the model.
+        """
+        position = state["position"]
+        if ids.shape[1] > 1:
+            position.zero_()
+        with _attached(self._cache, state):
+            out = self.model(
+                input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            )
+        position.add_(ids.shape[1])
+        return out.logits[:, -1]
+
+
+def state_of(cache: RetroCache) -> State:
+    """The tensors of an allocated cache, the cache's own.
+
+    Layers that count tokens do so in step: one `position` stands for all of them.
+    """
+    state: State = {}
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, RetroCacheLayer):
+            assert layer.retro is not None
+            state |= {f"{number}.{name}": tensor for name, tensor in layer.retro.named_buffers()}
+        else:
+            state |= {f"{number}.keys": layer.keys, f"{number}.values": layer.values}
+    state["position"] = cache.layers[0].cumulative_length
+    return state
+
+
+@contextmanager
+def _attached(cache: RetroCache, state: State) -> Iterator[None]:
+    """Has a cache work on other tensors than its own, every layer as if it were new."""
+    kept = []
+    for number, layer in enumerate(cache.layers):
+        kept.append(dict(vars(layer)))
+        if isinstance(layer, RetroCacheLayer):
+            assert layer.retro is not None
+            kept[-1]["retro"] = dict(layer.retro._buffers)
+            for name in layer.retro._buffers:
+                layer.retro._buffers[name] = state[f"{number}.{name}"]
+        else:
+            layer.keys, layer.values = state[f"{number}.keys"], state[f"{number}.values"]
+        # Each layer counts by itself: a copy, which nobody looks at afterwards.
+        layer.cumulative_length = state["position"].clone()
+        layer.is_filled = False
+    try:
+        yield
+    finally:
+        for layer, had in zip(cache.layers, kept, strict=True):
+            if isinstance(layer, RetroCacheLayer):
+                assert layer.retro is not None
+                layer.retro._buffers.update(had.pop("retro"))
+            vars(layer).update(had)
+
+
+def export_model(
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    context: int,
+    batch_size: int = 1,
+    config: RetroConfig | None = None,
+    name: str = "",
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, str]:
+    """Writes a model as a package of two programs: prompts of any length, and a step.
+
+    The package is for the device, the dtype and the attention implementation of `model`, for rows
+    of equal length, and for the version of the op library that is loaded now.
+
+    Args:
+        model: on its device, ready for inference.
+        path: the file to write, `*.pt2`.
+        context: N, tokens that a row can hold, prompt and generated ones.
+        batch_size: B, rows; a package has one number of rows.
+        config: budgets and sizes; None: the defaults.
+        name: of the model, for the record.
+        progress: told what is being done, steps done, steps in all.
+
+    Returns:
+        The metadata of the package: see `docs/export.md`.
+
+    Raises:
+        ValueError: a number is out of range, or retro attention cannot serve the model.
+        OSError: there is no C++ compiler.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ValueError(f"a package must be a file *.pt2, got {str(path)!r}")
+    if context < MIN_CONTEXT or batch_size < 1:
+        raise ValueError(
+            f"context must be at least {MIN_CONTEXT} tokens and batch_size at least 1, "
+            f"got {context} and {batch_size}"
+        )
+    text_config = model.config.get_text_config(decoder=True)
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if limit is not None and context > limit:
+        raise ValueError(
+            f"a context of {context} tokens exceeds the {limit} that the model reads; "
+            "export it with a smaller one"
+        )
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() before")
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise OSError(
+            "no C++ compiler found, which AOTInductor needs; install g++, or name one in the "
+            "environment variable CXX"
+        ) from error
+    config = RetroConfig() if config is None else config
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.contiguous()  # a package keeps no strides
+    model.set_attn_implementation(NAME)
+    cache = RetroCache(model.config, config, max_cache_len=context, batch_size=batch_size)
+    if not cache.retro_layers:
+        raise ValueError(
+            f"{type(model).__name__} has no full-attention layers, so there is nothing to export "
+            "with retro attention"
+        )
+    progress("looking at the model", 0, 5)
+    # The model allocates its cache, and refuses what it cannot do before it is traced.
+    ids = torch.zeros(batch_size, context - 1, dtype=torch.int64, device=model.device)
+    with torch.no_grad():
+        model(input_ids=ids[:, :2], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    state = state_of(cache)
+    for tensor in state.values():
+        tensor.zero_()
+
+    metadata = {
+        "retro.format": FORMAT,
+        "retro.ops": torch.ops.retro.library_version(),
+        "retro.model": name,
+        "retro.context": str(context),
+        "retro.batch_size": str(batch_size),
+        "retro.vocabulary": str(text_config.vocab_size),
+        "retro.dtype": str(model.dtype).removeprefix("torch."),
+        "retro.device": model.device.type,
+        "retro.config": json.dumps(dataclasses.asdict(config)),
+        "retro.torch": torch.__version__,
+        "retro.state": "\n".join(f"{key} {_described(value)}" for key, value in state.items()),
+    }
+    weights: dict[str, dict[str, Tensor]] = {}
+    files: dict[str, Any] = {}
+    options = {
+        "aot_inductor.package": True,
+        # Once for both programs, beside them: `_write_weights`.
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.metadata": metadata,
+        # As many threads as the process that runs it has, not as this one.
+        "cpp.dynamic_threads": True,
+    }
+    prompt = {1: torch.export.Dim("prompt", min=2, max=context)}
+    program = Program(model, cache)
+    for step, which in enumerate(PROGRAMS):
+        example = ids[:, :1] if which == "decode" else ids
+        sizes = {} if which == "decode" else prompt
+        progress(f"tracing {which}", 1 + 2 * step, 5)
+        with warnings.catch_warnings(), torch.no_grad():
+            # Of torch about itself.
+            warnings.simplefilter("ignore", FutureWarning)
+            traced = torch.export.export(
+                program,
+                (example.contiguous(), state),
+                dynamic_shapes=(sizes, dict.fromkeys(state)),
+                strict=False,
+                # What torch cannot prove of all lengths at once is looked at when it runs.
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            weights[which] = {**traced.state_dict, **traced.constants}
+            progress(f"compiling {which}", 2 + 2 * step, 5)
+            arguments, _ = traced.example_inputs
+            files[which] = torch._inductor.aot_compile(
+                traced.module(), arguments, options=dict(options)
+            )
+    progress("writing", 5, 5)
+    package_pt2(str(path), aoti_files=files)
+    programs = load_pt2(str(path)).aoti_runners
+    _write_weights(
+        path,
+        {
+            (which, fqn): weights[which][fqn].detach()
+            for which in PROGRAMS
+            for fqn in sorted(programs[which].get_constant_fqns())
+        },
+    )
+    return metadata
+
+
+def _described(tensor: Tensor) -> str:
+    """The dtype and shape of a tensor, e.g. `float32 2x1x8x64`, and `float32 -` for a scalar."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{dtype} {'x'.join(map(str, tensor.shape)) or '-'}"
+
+
+def _made(description: str) -> tuple[torch.dtype, list[int]]:
+    dtype, _, shape = description.partition(" ")
+    return DTYPES[dtype], [] if shape == "-" else [int(size) for size in shape.split("x")]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    plain: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(plain)
+
+
+def _write_weights(path: Path, weights: Mapping[tuple[str, str], Tensor]) -> None:
+    """Adds weights to a package: their bytes, and a list of `program name record dtype shape`."""
+    lines = []
+    records: dict[tuple[Any, ...], str] = {}
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
+        (root,) = {name.partition("/")[0] for name in archive.namelist()}
+        for (which, fqn), tensor in weights.items():
+            if not tensor.is_contiguous():
+                raise RuntimeError(
+                    f"weight {fqn} has strides {tensor.stride()}, which a package does not keep"
+                )
+            same = (tensor.data_ptr(), tensor.dtype, tensor.shape)
+            if same not in records:
+                records[same] = f"weights/{len(records)}"
+                with archive.open(f"{root}/{records[same]}", "w", force_zip64=True) as record:
+                    record.write(_bytes(tensor.cpu()))
+            lines.append(f"{which} {fqn} {records[same]} {_described(tensor)}")
+        archive.writestr(f"{root}/weights/list", "\n".join(lines))
+
+
+def _read_weights(path: Path, device: torch.device) -> dict[str, dict[str, Tensor]]:
+    weights: dict[str, dict[str, Tensor]] = {which: {} for which in PROGRAMS}
+    records: dict[str, Tensor] = {}
+    with zipfile.ZipFile(path) as archive:
+        (root,) = {name.partition("/")[0] for name in archive.namelist()}
+        for line in archive.read(f"{root}/weights/list").decode().splitlines():
+            which, fqn, record, description = line.split(" ", 3)
+            if record not in records:
+                dtype, shape = _made(description)
+                whole = torch.empty(shape, dtype=dtype)
+                plain = _bytes(whole)
+                with archive.open(f"{root}/{record}") as file:
+                    done = 0
+                    while done < len(plain):
+                        done += file.readinto(plain[done:])  # type: ignore[attr-defined]
+                records[record] = whole.to(device)
+            weights[which][fqn] = records[record]
+    return weights
+
+
+class ExportedModel:
+    """A package in this process; make it with `load_exported`.
+
+    Attributes:
+        metadata: what the package says of itself.
+        context: N, tokens that a row can hold.
+        batch_size: B, rows.
+        vocabulary: V, tokens that there are.
+        device: where it runs.
+    """
+
+    def __init__(
+        self, metadata: dict[str, str], programs: dict[str, Any], device: torch.device
+    ) -> None:
+        self.metadata = metadata
+        self.context = int(metadata["retro.context"])
+        self.batch_size = int(metadata["retro.batch_size"])
+        self.vocabulary = int(metadata["retro.vocabulary"])
+        self.device = device
+        self._programs = programs
+
+    def new_state(self) -> State:
+        """The state of a conversation that has not begun."""
+        state = {}
+        for line in self.metadata["retro.state"].splitlines():
+            name, _, description = line.partition(" ")
+            dtype, shape = _made(description)
+            state[name] = torch.zeros(shape, dtype=dtype, device=self.device)
+        return state
+
+    def prefill(self, ids: Tensor, state: State) -> Tensor:
+        """Logits `[B, V]` of the token that follows a prompt; whatever the state held is forgotten.
+
+        Args:
+            ids: `[B, T]` int64, 1 <= T <= N.
+            state: of `new_state`; changed in place.
+
+        Raises:
+            ValueError: another number of rows, or more tokens than a row can hold.
+        """
+        self._check(ids)
+        if ids.shape[1] == 1:  # the step of an empty state
+            for tensor in state.values():
+                tensor.zero_()
+            return self._run("decode", ids, state)
+        return self._run("prefill", ids, state)
+
+    def decode(self, ids: Tensor, state: State) -> Tensor:
+        """Logits `[B, V]` of the token that follows `ids` `[B, 1]`; the state changes in place.
+
+        Raises:
+            ValueError: another shape.
+            RuntimeError: a row is full.
+        """
+        self._check(ids)
+        if ids.shape[1] != 1:
+            raise ValueError(f"a step takes one token of each row, got {ids.shape[1]}")
+        return self._run("decode", ids, state)
+
+    def generate(self, ids: Tensor, max_new_tokens: int, state: State | None = None) -> Tensor:
+        """Greedy tokens `[B, max_new_tokens]` after a prompt `[B, T]`.
+
+        Raises:
+            ValueError: another number of rows, or more tokens than a row can hold.
+        """
+        self._check(ids, max_new_tokens)
+        state = self.new_state() if state is None else state
+        logits = self.prefill(ids, state)
+        chosen = [logits.argmax(dim=-1, keepdim=True)]
+        while len(chosen) < max_new_tokens:
+            chosen.append(self.decode(chosen[-1], state).argmax(dim=-1, keepdim=True))
+        return torch.cat(chosen, dim=1)
+
+    def _run(self, which: str, ids: Tensor, state: State) -> Tensor:
+        with torch.inference_mode():
+            return self._programs[which](ids.to(self.device).contiguous(), state)
+
+    def _check(self, ids: Tensor, new_tokens: int = 1) -> None:
+        if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
+            raise ValueError(
+                f"ids must be [B, T] int64 with at least one token, got {list(ids.shape)} of "
+                f"{ids.dtype}"
+            )
+        if ids.shape[0] != self.batch_size:
+            raise ValueError(
+                f"the package was exported for batch size {self.batch_size}, got {ids.shape[0]} "
+                f"rows; export it with --batch-size {ids.shape[0]}"
+            )
+        if new_tokens < 1:
+            raise ValueError(f"new tokens must be at least 1, got {new_tokens}")
+        # The last token is never fed back.
+        if ids.shape[1] + new_tokens - 1 > self.context:
+            raise ValueError(
+                f"a prompt of {ids.shape[1]} tokens and {new_tokens} new ones exceed the context "
+                f"of {self.context} that the package was exported for; export it with a larger "
+                "--context"
+            )
+        low, high = ids.aminmax()
+        if int(low) < 0 or int(high) >= self.vocabulary:
+            raise ValueError(
+                f"token ids must lie in 0..{self.vocabulary - 1}, got "
+                f"{int(low) if int(low) < 0 else int(high)}"
+            )
+
+
+def load_exported(path: str | Path, device: torch.device | str | None = None) -> ExportedModel:
+    """Loads a package that `export_model` wrote.
+
+    Args:
+        path: the package.
+        device: where to run it; None: where it was exported for. Another one is refused.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not such a package, one for another device, or for another version of the op
+            library.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no package {str(path)!r}")
+    metadata = _metadata(path)
+    place = torch.device(metadata["retro.device"] if device is None else device)
+    if place.type != metadata["retro.device"]:
+        raise ValueError(
+            f"{path} was exported for {metadata['retro.device']}, not for {place.type}; export it "
+            f"with --device {place.type}"
+        )
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{path} was exported for cuda, and there is no GPU here")
+    programs = load_pt2(
+        str(path),
+        run_single_threaded=True,
+        device_index=-1 if place.index is None else place.index,
+    ).aoti_runners
+    weights = _read_weights(path, place)
+    for which, program in programs.items():
+        program.load_constants(weights[which], check_full_update=True, user_managed=True)
+    return ExportedModel(metadata, programs, place)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a package says of itself, if it can be run here."""
+    try:
+        loader: Any = torch._C._aoti.AOTIModelPackageLoader
+        metadata = loader.load_metadata_from_package(str(path), "decode")
+    except RuntimeError:
+        metadata = {}
+    if metadata.get("retro.format") != FORMAT:
+        raise ValueError(
+            f"{path} is not a package of this version of retro_ops (format "
+            f"{metadata.get('retro.format', 'unknown')}, not {FORMAT}); make one with "
+            "`python -m retro_ops export`"
+        )
+    loaded = torch.ops.retro.library_version()
+    if metadata["retro.ops"] != loaded:
+        raise ValueError(
+            f"{path} needs version {metadata['retro.ops']} of the op library, version {loaded} is "
+            "loaded; export it anew, or install retro_ops "
+            f"{metadata['retro.ops']}"
+        )
+    return metadata
