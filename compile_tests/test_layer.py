@@ -435,10 +435,16 @@ def test_estimators_differ_and_budgets_of_zero_are_legal() -> None:
         "mean": {"estimator": "mean"},
         "retrieve only": {"estimation_budget": 0.0},
         "estimate only": {"retrieval_budget": 0.0, "min_retrieved_clusters": 0},
+        "tail only": {
+            "retrieval_budget": 0.0,
+            "min_retrieved_clusters": 0,
+            "estimation_budget": 0.0,
+        },
         "steady only": {
             "retrieval_budget": 0.0,
             "min_retrieved_clusters": 0,
             "estimation_budget": 0.0,
+            "estimator": "mean",  # has no tail
         },
     }.items():
         layer = make_layer(RetroConfig(**{**vars(SMALL), **changes}))
@@ -447,7 +453,7 @@ def test_estimators_differ_and_budgets_of_zero_are_legal() -> None:
         outs[name] = layer.decode(*tokens.at(120))
         assert outs[name].isfinite().all()
         assert (layer.stats()["retrieved_tokens"] == 0) == (
-            name in ("estimate only", "steady only")
+            name in ("estimate only", "tail only", "steady only")
         )
     names = list(outs)
     for i, name in enumerate(names):

@@ -234,16 +234,16 @@ inline void choose_clusters(
   const uint64_t first = key_at(retrieved);
   const uint64_t last = estimated > 0 ? key_at(retrieved + estimated) : first;
   int64_t found = 0;
-  float* in_tail = memory.rank + task * memory.padded;
   for (int64_t c = 0; c < live; ++c) {
     if (keys[c] < first) spare[found++] = keys[c];
-    in_tail[c] = keys[c] >= last ? 1.0f : 0.0f;
   }
   std::sort(spare, spare + retrieved);
   int32_t* ids = params.retrieved + task * params.max_retrieved;
   for (int64_t r = 0; r < retrieved; ++r) ids[r] = static_cast<int32_t>(spare[r] & 0xffffffffu);
   for (int64_t r = retrieved; r < params.max_retrieved; ++r) ids[r] = -1;
   memory.chosen[task] = estimated;
+  float* in_tail = memory.rank + task * memory.padded;
+  for (int64_t c = 0; c < live; ++c) in_tail[c] = keys[c] >= last ? 1.0f : 0.0f;
   const bool has_tail = params.use_variance && retrieved + estimated < live;
   for (int64_t g = 0; g < params.groups; ++g) {
     const float* mass = memory.mass + (task * params.groups + g) * memory.padded;
