@@ -848,8 +848,10 @@ __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
           params.estimated.value_sums + place.task * params.head_dim)[quad];
       const int64_t indexed = params.counters[place.b * kCounters + kIndexedTokens];
       const float weight = mass / static_cast<float>(indexed > 1 ? indexed : 1);
-      sum.x = weight * values_sum.x, sum.y = weight * values_sum.y;
-      sum.z = weight * values_sum.z, sum.w = weight * values_sum.w;
+      if (mass > 0.0f) {  // without a tail the sums may hold anything
+        sum.x = weight * values_sum.x, sum.y = weight * values_sum.y;
+        sum.z = weight * values_sum.z, sum.w = weight * values_sum.w;
+      }
     }
 #pragma unroll 3
     for (int w = first; w < last; ++w) {
