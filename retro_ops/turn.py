@@ -1,0 +1,140 @@
+"""One turn: many new tokens attend exactly to all that a layer holds, then they join it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from retro_ops.ops import append_tokens, grow_index
+from retro_ops.ops._contract import Counter
+
+if TYPE_CHECKING:
+    from retro_ops.layer import RetroLayer
+
+# Keys that are read at once, and logits that are in memory at once, over rows and heads.
+KEYS_AT_ONCE = 1024
+LOGITS_AT_ONCE = 2**23
+
+
+class _Softmax:
+    """Attention of queries `[B, Hkv, G, T, D]` float32, scaled, to one block of keys after another.
+
+    Any block may be masked as a whole: it adds nothing, whatever its keys and values are.
+    """
+
+    def __init__(self, query: Tensor) -> None:
+        self.query = query
+        self.largest = query.new_full((*query.shape[:-1], 1), -torch.inf)
+        self.mass = torch.zeros_like(self.largest)
+        self.sums = torch.zeros_like(query)
+
+    def add(self, keys: Tensor, values: Tensor, exists: Tensor, visible: Tensor | None) -> None:
+        """Adds a block.
+
+        Args:
+            keys, values: `[B, Hkv, K, D]`.
+            exists: `[B, K]` bool; what lies elsewhere may be anything.
+            visible: `[T, K]` bool, the keys that each query may see; None: all.
+        """
+        allowed = exists[:, None, None, None]
+        if visible is not None:
+            allowed = allowed & visible
+        groups = self.query.shape[2:4]
+        logit = self.query.flatten(2, 3) @ keys.float().transpose(-1, -2)
+        logit = logit.unflatten(2, groups).masked_fill_(~allowed, -torch.inf)
+        largest = torch.maximum(self.largest, logit.amax(dim=-1, keepdim=True))
+        # A query that has seen nothing yet: -inf minus -inf is no number.
+        finite = largest.clamp(min=torch.finfo(torch.float32).min)
+        weight = logit.sub_(finite).exp_()
+        kept = (self.largest - finite).exp_()
+        values = values.float().masked_fill(~exists[:, None, :, None], 0.0)
+        self.mass.mul_(kept).add_(weight.sum(dim=-1, keepdim=True))
+        self.sums.mul_(kept).add_((weight.flatten(2, 3) @ values).unflatten(2, groups))
+        self.largest = largest
+
+    def result(self) -> Tensor:
+        """`[B, Hkv, G, T, D]` float32; zero for a query that saw nothing."""
+        return self.sums / self.mass.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def attend(
+    layer: RetroLayer, query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scale: float
+) -> Tensor:
+    """Exact attention of new tokens to what their row holds, to themselves and those before them.
+
+    Sums are in float32. Memory is bounded by `LOGITS_AT_ONCE`, however many tokens there are.
+
+    Args:
+        layer: what the rows hold; unchanged.
+        query: `[B, Hq, T, D]`.
+        keys, values: `[B, Hkv, T, D]`.
+        starts: `[B]` int64, first new token of a left-padded row.
+        scale: factor on q . k.
+
+    Returns:
+        `[B, Hq, T, D]` in query's dtype; zero for padding.
+    """
+    rows, query_heads, tokens, _ = query.shape
+    heads = keys.shape[1]
+    position = torch.arange(tokens, device=query.device)
+    real = position >= starts[:, None]
+    held = []
+    for zone, counter in (
+        (layer.store, Counter.INDEXED_TOKENS),
+        (layer.steady, Counter.STEADY_TOKENS),
+    ):
+        count = layer.counters[:, counter, None]
+        # A graph serves any number of tokens: it reads the whole buffer.
+        limit = zone.shape[3] if torch.compiler.is_compiling() else int(count.max())
+        held.append((zone, count, limit))
+    at_once = max(LOGITS_AT_ONCE // (KEYS_AT_ONCE * rows * query_heads), 16)
+    outs = []
+    for first in range(0, tokens, at_once):
+        last = min(first + at_once, tokens)
+        own = query[:, :, first:last].float() * scale
+        softmax = _Softmax(own.unflatten(1, (heads, query_heads // heads)))
+        for zone, count, limit in held:
+            for begin in range(0, limit, KEYS_AT_ONCE):
+                end = min(begin + KEYS_AT_ONCE, limit)
+                exists = torch.arange(begin, end, device=query.device) < count
+                softmax.add(zone[0, :, :, begin:end], zone[1, :, :, begin:end], exists, None)
+        for begin in range(0, last, KEYS_AT_ONCE):
+            end = min(begin + KEYS_AT_ONCE, last)
+            visible = position[begin:end] <= position[first:last, None]
+            softmax.add(keys[:, :, begin:end], values[:, :, begin:end], real[:, begin:end], visible)
+        out = softmax.result().flatten(1, 2)
+        outs.append(out.masked_fill(~real[:, None, first:last, None], 0.0).to(query.dtype))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+def append(layer: RetroLayer, keys: Tensor, values: Tensor, starts: Tensor) -> None:
+    """Appends new tokens and indexes those that leave the steady zone, as if they came one by one.
+
+    Args:
+        layer: has room for them; changed in place.
+        keys, values: `[B, Hkv, T, D]`.
+        starts: `[B]` int64, first new token of a left-padded row.
+    """
+    config, tokens = layer.config, keys.shape[2]
+    position = torch.arange(tokens, device=keys.device)
+    done = starts
+    # A row has room for one token at least, and for a segment whenever it has become full.
+    for _ in range(1 + math.ceil(max(tokens - 1, 0) / config.update_segment)):
+        room = layer.steady.shape[3] - layer.counters[:, Counter.STEADY_TOKENS]
+        chosen = (position >= done[:, None]) & (position < (done + room)[:, None])
+        append_tokens(keys, values, chosen, layer.steady, layer.counters, layer.max_length)
+        grow_index(
+            layer.steady,
+            layer.store,
+            *layer.index,
+            layer.counters,
+            config.sink_tokens,
+            config.local_tokens,
+            config.update_segment,
+            config.cluster_size,
+            config.kmeans_iterations,
+        )
+        done = done + room
