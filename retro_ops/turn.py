@@ -91,7 +91,7 @@ def attend(
         limit = zone.shape[3] if torch.compiler.is_compiling() else int(count.max())
         held.append((zone, count, limit))
     at_once = max(LOGITS_AT_ONCE // (KEYS_AT_ONCE * rows * query_heads), 16)
-    outs = []
+    out = query.new_zeros(query.shape)
     for first in range(0, tokens, at_once):
         last = min(first + at_once, tokens)
         own = query[:, :, first:last].float() * scale
@@ -105,9 +105,9 @@ def attend(
             end = min(begin + KEYS_AT_ONCE, last)
             visible = position[begin:end] <= position[first:last, None]
             softmax.add(keys[:, :, begin:end], values[:, :, begin:end], real[:, begin:end], visible)
-        out = softmax.result().flatten(1, 2)
-        outs.append(out.masked_fill(~real[:, None, first:last, None], 0.0).to(query.dtype))
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+        attended = softmax.result().flatten(1, 2)
+        out[:, :, first:last] = attended.masked_fill(~real[:, None, first:last, None], 0.0)
+    return out
 
 
 def append(layer: RetroLayer, keys: Tensor, values: Tensor, starts: Tensor) -> None:
