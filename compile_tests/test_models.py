@@ -570,8 +570,8 @@ def test_refuses_turns_with_another_mask(family: str) -> None:
         model(ids[:, :80], past_key_values=cache)
         before = state_of(cache)
         for masked, text in (
-            (slice(85, 87), "of the 10 new tokens of a filled cache only the first may be padding"),
-            (slice(80, 90), "and every row needs at least one; set tokenizer.padding_side"),
+            (slice(88, 90), "the 10 new tokens of a filled cache must not end with padding in any"),
+            (slice(80, 90), "row; set tokenizer.padding_side = 'left'"),
             (slice(10, 12), "has 78 tokens of row 1 before the 10 new ones, the cache holds 80"),
             (slice(60, 80), "masks the latest 20 tokens of row 1, but only 16 can be forgotten"),
         ):

@@ -163,22 +163,21 @@ class RetroCacheLayer(CacheLayerMixin):
 
         Args:
             query, keys, values, scale: as there.
-            attention_mask: `[B, past + T]` or `[B, T]`, 0 for left padding of the turn, and for the
+            attention_mask: `[B, past + T]` or `[B, T]`, 0 for padding in the turn, and for the
                 latest tokens so far, if they are to be forgotten; None: neither.
         """
         retro, tokens = self._initialized(), query.shape[2]
-        if attention_mask is None:
-            out = retro.extend(query, keys, values, scale)
-        else:
-            if not torch.compiler.is_compiling():
-                surplus = self.check_turn(attention_mask, tokens)
-                if surplus.any():
-                    retro.crop(retro.lengths() - surplus.to(keys.device))
-            starts = tokens - attention_mask[:, -tokens:].sum(dim=1)
-            out = retro.extend(query, keys, values, scale, starts)
-            padded = (starts > 0).any()
-            until = self.cumulative_length + starts.max()
-            self.padded_length.copy_(torch.where(padded, until, self.padded_length))
+        if not torch.compiler.is_compiling():
+            surplus = self.check_turn(attention_mask, tokens)
+            if surplus.any():
+                retro.crop(retro.lengths() - surplus.to(keys.device))
+        mask = None if attention_mask is None else attention_mask[:, -tokens:].bool()
+        out = retro.extend(query, keys, values, scale, mask)
+        if mask is not None:
+            place = torch.arange(1, tokens + 1, device=mask.device)
+            until = (place * ~mask).amax()
+            until = torch.where(until > 0, self.cumulative_length + until, self.padded_length)
+            self.padded_length.copy_(until)
         self.cumulative_length.add_(tokens)
         self.is_filled = True
         return out
@@ -193,8 +192,8 @@ class RetroCacheLayer(CacheLayerMixin):
             `[B]` int64 on the CPU: tokens of each row that the mask wants forgotten.
 
         Raises:
-            ValueError: padding is not on the left of the turn, or the mask has not the tokens that
-                the rows hold.
+            ValueError: the turn of a row ends with padding, or the mask has not the tokens that the
+                rows hold.
             RuntimeError: a row has no room.
         """
         retro = self._initialized()
@@ -204,11 +203,10 @@ class RetroCacheLayer(CacheLayerMixin):
         if attention_mask is not None:
             real = attention_mask.bool().cpu()
             turn, past = real[:, -tokens:], real[:, :-tokens]
-            if not turn[:, -1].all() or (turn[:, :-1] > turn[:, 1:]).any():
+            if not turn[:, -1].all():
                 raise ValueError(
-                    f"RetroCache: of the {tokens} new tokens of a filled cache only the first may "
-                    "be padding, and every row needs at least one; set tokenizer.padding_side = "
-                    "'left'"
+                    f"RetroCache: the {tokens} new tokens of a filled cache must not end with "
+                    "padding in any row; set tokenizer.padding_side = 'left'"
                 )
             new = turn.sum(dim=1)
             if past.shape[1]:

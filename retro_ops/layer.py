@@ -162,9 +162,31 @@ class RetroLayer(nn.Module):
                 f"RetroLayer.prefill: a prompt of {tokens} tokens exceeds max_length "
                 f"{self.max_length}; make the layer or cache with a larger max_length"
             )
-        starts = self._checked_starts("prefill", keys, starts)
+        if starts is None:
+            starts = torch.zeros(self.batch_size, dtype=torch.int64, device=keys.device)
+        elif tuple(starts.shape) != (self.batch_size,) or starts.dtype not in (
+            torch.int32,
+            torch.int64,
+        ):
+            raise ValueError(
+                f"RetroLayer.prefill: starts must be [{self.batch_size}] integers, got "
+                f"{list(starts.shape)} of {starts.dtype}"
+            )
+        elif starts.device != keys.device:
+            raise ValueError(
+                f"RetroLayer.prefill: starts must be on {keys.device} like keys, "
+                f"got {starts.device}"
+            )
+        elif (
+            starts.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and bool(((starts < 0) | (starts > tokens)).any())
+        ):
+            raise ValueError(
+                f"RetroLayer.prefill: starts must lie in 0..{tokens}, got {starts.tolist()}"
+            )
         self.reset()
-        wave_index.build(self, keys, values, starts)
+        wave_index.build(self, keys, values, starts.long().clamp(0, tokens))
 
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
@@ -202,47 +224,47 @@ class RetroLayer(nn.Module):
         keys: Tensor,
         values: Tensor,
         scale: float | None = None,
-        starts: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Takes in many tokens at once, as the next turn of a conversation brings them.
 
         Each new token attends exactly, whatever the budgets are, to everything its row holds and
-        to the new tokens up to itself. The layer comes to hold what it would hold had they been
-        decoded one by one, bit for bit, but for the counters of decode steps. Without `starts`,
-        empty rows are legal, too: a long prompt may come in parts.
+        to the new tokens up to itself. Fewer than `update_segment` tokens leave the layer as if
+        they had been decoded one by one, bit for bit, but for the counters of decode steps; more
+        are clustered in segments of `segment_size` as those of a prompt, with the steady tokens
+        that leave. Rows may be empty: a long prompt may come in parts.
 
         Args:
             query: `[B, Hq, T, D]`, any strides, after rotary embedding.
             keys: `[B, Hkv, T, D]`, any strides, after rotary embedding.
             values: like `keys`.
             scale: factor on q . k; None: 1 / sqrt(D).
-            starts: `[B]` integers: first new token of a row whose new tokens are left-padded, up to
-                T for a row that gets none; None: no padding.
+            mask: `[B, T]` bool, False for padding, anywhere; what it holds does not matter. A row
+                may be all padding. None: no padding.
 
         Returns:
             `[B, Hq, T, D]` in query's dtype; zero for padding.
 
         Raises:
-            ValueError: a shape, dtype, device or value of `starts` does not fit the layer.
+            ValueError: a shape, dtype or device does not fit the layer.
             RuntimeError: a row has no room for its tokens. After either the layer keeps what it
                 held. The device is waited for, except in compiled code, where tokens without room
                 are dropped on a GPU and counted, as in `decode`.
         """
         self._check_tokens("extend", keys, values)
-        tokens = keys.shape[2]
-        self._check_query("extend", query, tokens)
-        starts = self._checked_starts("extend", keys, starts)
-        self._check_room("extend", tokens - starts)
+        self._check_query("extend", query, keys.shape[2])
+        mask = self._checked_mask(keys, mask)
+        self._check_room("extend", mask.sum(dim=1))
         with torch.no_grad():
             out = turn.attend(
                 self,
                 query,
                 keys,
                 values,
-                starts,
+                mask,
                 self.head_dim**-0.5 if scale is None else scale,
             )
-            turn.append(self, keys, values, starts)
+            turn.append(self, keys, values, mask)
         for argument in (query, keys, values):
             out = without_backward("extend", out, argument)
         return out
@@ -422,7 +444,7 @@ class RetroLayer(nn.Module):
         Returns:
             steps: decode steps (of the batch).
             steady_tokens, indexed_tokens, clusters: what the rows hold now.
-            updates: segments that became clusters while decoding, or in a later turn.
+            updates: segments that became clusters while decoding, or in a short turn.
             retrieved_tokens: tokens retrieved, over KV heads and steps.
             page_hits, page_misses: pages of retrieved clusters that were in the page cache, and
                 those that were not; 0 unless offloaded, like the next four.
@@ -537,32 +559,20 @@ class RetroLayer(nn.Module):
             )
         self._check_like_layer(method, "query", query)
 
-    def _checked_starts(self, method: str, keys: Tensor, starts: Tensor | None) -> Tensor:
-        tokens = keys.shape[2]
-        if starts is None:
-            return torch.zeros(self.batch_size, dtype=torch.int64, device=keys.device)
-        if tuple(starts.shape) != (self.batch_size,) or starts.dtype not in (
-            torch.int32,
-            torch.int64,
-        ):
+    def _checked_mask(self, keys: Tensor, mask: Tensor | None) -> Tensor:
+        shape = (self.batch_size, keys.shape[2])
+        if mask is None:
+            return torch.ones(shape, dtype=torch.bool, device=keys.device)
+        if tuple(mask.shape) != shape or mask.dtype != torch.bool:
             raise ValueError(
-                f"RetroLayer.{method}: starts must be [{self.batch_size}] integers, got "
-                f"{list(starts.shape)} of {starts.dtype}"
+                f"RetroLayer.extend: mask must be [B, T] = {list(shape)} of torch.bool, "
+                f"got {list(mask.shape)} of {mask.dtype}"
             )
-        if starts.device != keys.device:
+        if mask.device != keys.device:
             raise ValueError(
-                f"RetroLayer.{method}: starts must be on {keys.device} like keys, "
-                f"got {starts.device}"
+                f"RetroLayer.extend: mask must be on {keys.device} like keys, got {mask.device}"
             )
-        if (
-            starts.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and bool(((starts < 0) | (starts > tokens)).any())
-        ):
-            raise ValueError(
-                f"RetroLayer.{method}: starts must lie in 0..{tokens}, got {starts.tolist()}"
-            )
-        return starts.long().clamp(0, tokens)
+        return mask
 
     def _check_room(self, method: str, new: Tensor) -> None:
         """Raises if a row has no room for its `new` `[B]` tokens."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from retro_ops import wave_index
 from retro_ops.ops import append_tokens, grow_index
 from retro_ops.ops._contract import Counter
 
@@ -61,7 +61,7 @@ class _Softmax:
 
 
 def attend(
-    layer: RetroLayer, query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scale: float
+    layer: RetroLayer, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
     """Exact attention of new tokens to what their row holds, to themselves and those before them.
 
@@ -71,7 +71,7 @@ def attend(
         layer: what the rows hold; unchanged.
         query: `[B, Hq, T, D]`.
         keys, values: `[B, Hkv, T, D]`.
-        starts: `[B]` int64, first new token of a left-padded row.
+        mask: `[B, T]` bool, False for padding.
         scale: factor on q . k.
 
     Returns:
@@ -80,7 +80,6 @@ def attend(
     rows, query_heads, tokens, _ = query.shape
     heads = keys.shape[1]
     position = torch.arange(tokens, device=query.device)
-    real = position >= starts[:, None]
     held = []
     for zone, counter in (
         (layer.store, Counter.INDEXED_TOKENS),
@@ -104,27 +103,35 @@ def attend(
         for begin in range(0, last, KEYS_AT_ONCE):
             end = min(begin + KEYS_AT_ONCE, last)
             visible = position[begin:end] <= position[first:last, None]
-            softmax.add(keys[:, :, begin:end], values[:, :, begin:end], real[:, begin:end], visible)
+            softmax.add(keys[:, :, begin:end], values[:, :, begin:end], mask[:, begin:end], visible)
         attended = softmax.result().flatten(1, 2)
-        out[:, :, first:last] = attended.masked_fill(~real[:, None, first:last, None], 0.0)
+        out[:, :, first:last] = attended.masked_fill(~mask[:, None, first:last, None], 0.0)
     return out
 
 
-def append(layer: RetroLayer, keys: Tensor, values: Tensor, starts: Tensor) -> None:
-    """Appends new tokens and indexes those that leave the steady zone, as if they came one by one.
+def append(layer: RetroLayer, keys: Tensor, values: Tensor, mask: Tensor) -> None:
+    """Appends new tokens, and indexes those that leave the steady zone.
 
     Args:
         layer: has room for them; changed in place.
         keys, values: `[B, Hkv, T, D]`.
-        starts: `[B]` int64, first new token of a left-padded row.
+        mask: `[B, T]` bool, False for padding.
     """
-    config, tokens = layer.config, keys.shape[2]
-    position = torch.arange(tokens, device=keys.device)
-    done = starts
-    # A row has room for one token at least, and for a segment whenever it has become full.
-    for _ in range(1 + math.ceil(max(tokens - 1, 0) / config.update_segment)):
+    # A layer that is too small to index anything has no store.
+    if keys.shape[2] < layer.config.update_segment or not layer.store.shape[3]:
+        _append_as_steps(layer, keys, values, mask)
+    else:
+        _append_as_prompt(layer, keys, values, mask)
+
+
+def _append_as_steps(layer: RetroLayer, keys: Tensor, values: Tensor, mask: Tensor) -> None:
+    config = layer.config
+    place = mask.cumsum(dim=1) - 1
+    done = torch.zeros_like(layer.counters[:, Counter.STEADY_TOKENS])
+    # As many as there is room for, which may fill up a segment; then the others.
+    for _ in range(2):
         room = layer.steady.shape[3] - layer.counters[:, Counter.STEADY_TOKENS]
-        chosen = (position >= done[:, None]) & (position < (done + room)[:, None])
+        chosen = mask & (place >= done[:, None]) & (place < (done + room)[:, None])
         append_tokens(keys, values, chosen, layer.steady, layer.counters, layer.max_length)
         grow_index(
             layer.steady,
@@ -138,3 +145,18 @@ def append(layer: RetroLayer, keys: Tensor, values: Tensor, starts: Tensor) -> N
             config.kmeans_iterations,
         )
         done = done + room
+
+
+def _append_as_prompt(layer: RetroLayer, keys: Tensor, values: Tensor, mask: Tensor) -> None:
+    """With the steady tokens before them: a left-padded prompt, of which sinks and latest stay."""
+    steady = layer.counters[:, Counter.STEADY_TOKENS]
+    held = torch.arange(layer.steady.shape[3], device=keys.device) < steady[:, None]
+    real = torch.cat((held, mask), dim=1)
+    order = real.long().argsort(dim=1, stable=True)[:, None, :, None]
+    whole = [
+        torch.cat((old, new), dim=2).gather(2, order.expand(*new.shape[:2], -1, new.shape[3]))
+        for old, new in zip(layer.steady, (keys, values), strict=True)
+    ]
+    starts = real.shape[1] - real.sum(dim=1)
+    steady.zero_()
+    wave_index.build(layer, whole[0], whole[1], starts, layer.config.cluster_size)
