@@ -71,14 +71,12 @@ def assert_dense_turn(
     out: Tensor, tokens: Tokens | Row, first: int, scale: float | None = None
 ) -> None:
     """Asserts that `out` is causal dense attention of the tokens from `first` on."""
-    for t in range(out.shape[2]):
-        query, keys, values = (
-            tokens.queries[:, :, first + t : first + t + 1],
-            *tokens.prompt(first + t + 1),
-        )
-        exact = dense_attention(query.double(), keys.double(), values.double(), scale=scale)
-        eager = dense_runs(query, keys, values, scale)
-        assert_within_budget(out[:, :, t : t + 1], exact, eager, f"token {first + t}")
+    exact, eager = [], []
+    for t in range(first, first + out.shape[2]):
+        query, keys, values = tokens.queries[:, :, t : t + 1], *tokens.prompt(t + 1)
+        exact.append(dense_attention(query.double(), keys.double(), values.double(), scale=scale))
+        eager.append(dense_runs(query, keys, values, scale))
+    assert_within_budget(out, torch.cat(exact, dim=2), torch.cat(eager, dim=3))
 
 
 class Row:
@@ -162,7 +160,7 @@ def test_turns_fill_a_row_to_the_last_token(max_length: int) -> None:
     for cuts in ([0, 52, max_length], [52, 85, max_length], [0, 33, 35, 84, max_length]):
         if sorted(cuts) == cuts:
             layer.prefill(*tokens.prompt(cuts[0]))
-            for first, last in itertools.pairwise(cuts):
+            for first, last in itertools.pairwise(dict.fromkeys(cuts)):
                 out = layer.extend(*part(tokens, first, last))
                 assert_dense_turn(out, tokens, first)
             assert layer.lengths().tolist() == [max_length] * 2
@@ -529,7 +527,7 @@ def test_a_conversation_is_one_prompt() -> None:
         ids = make_prompt(2, first)
         cache = make_cache(model, 2, length=400)
         said, _ = generate(model, ids, past_key_values=cache, max_new_tokens=30)
-        ids = torch.cat((said, make_prompt(2, second, seed=4)), dim=1)
+        ids = torch.cat((said, make_prompt(2, second, seed=8)), dim=1)
         mask = torch.ones_like(ids)
         talk = generate(model, ids, attention_mask=mask, past_key_values=cache)
         fresh = make_cache(model, 2, length=400)
@@ -955,7 +953,7 @@ def run_command(
 
 @offloads
 @settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     commands=st.lists(st.sampled_from(COMMANDS), min_size=3, max_size=14),

@@ -20,13 +20,14 @@ LOGITS_AT_ONCE = 2**23
 
 
 class _Softmax:
-    """Attention of queries `[B, Hkv, G, T, D]` float32, scaled, to one block of keys after another.
+    """Attention of queries `[B, Hkv, G, T, D]` float32 to one block of keys after another.
 
     Any block may be masked as a whole: it adds nothing, whatever its keys and values are.
     """
 
-    def __init__(self, query: Tensor) -> None:
+    def __init__(self, query: Tensor, scale: float) -> None:
         self.query = query
+        self.scale = scale
         self.largest = query.new_full((*query.shape[:-1], 1), -torch.inf)
         self.mass = torch.zeros_like(self.largest)
         self.sums = torch.zeros_like(query)
@@ -44,7 +45,7 @@ class _Softmax:
             allowed = allowed & visible
         groups = self.query.shape[2:4]
         logit = self.query.flatten(2, 3) @ keys.float().transpose(-1, -2)
-        logit = logit.unflatten(2, groups).masked_fill_(~allowed, -torch.inf)
+        logit = logit.mul_(self.scale).unflatten(2, groups).masked_fill_(~allowed, -torch.inf)
         largest = torch.maximum(self.largest, logit.amax(dim=-1, keepdim=True))
         # A query that has seen nothing yet: -inf minus -inf is no number.
         finite = largest.clamp(min=torch.finfo(torch.float32).min)
@@ -93,8 +94,8 @@ def attend(
     out = query.new_zeros(query.shape)
     for first in range(0, tokens, at_once):
         last = min(first + at_once, tokens)
-        own = query[:, :, first:last].float() * scale
-        softmax = _Softmax(own.unflatten(1, (heads, query_heads // heads)))
+        own = query[:, :, first:last].float().unflatten(1, (heads, query_heads // heads))
+        softmax = _Softmax(own, scale)
         for zone, count, limit in held:
             for begin in range(0, limit, KEYS_AT_ONCE):
                 end = min(begin + KEYS_AT_ONCE, limit)
