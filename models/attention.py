@@ -15,7 +15,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from retro_ops.models.cache import RetroTokens, SlidingCacheLayer
+from retro_ops.models.cache import LayerOffset, RetroTokens, SlidingCacheLayer
 
 NAME = "retro"
 # Arguments that change what attention means, and what they stand for.
@@ -41,10 +41,10 @@ def retro_attention(
 ) -> tuple[Tensor, None]:
     """Attention of one layer; what it does depends on the cache that the model runs with.
 
-    With a RetroCache, a prompt is attended to exactly and indexed, and every later token goes
-    through `RetroLayer.decode`. Sliding-window layers of a RetroCache are exact, and a prompt costs
-    them its length times the window. Any other cache (DynamicCache, StaticCache), and no cache at
-    all, are transformers' `sdpa`.
+    With a RetroCache, a prompt is attended to exactly and indexed, and so are several later tokens
+    at once (`RetroLayer.extend`); a single one goes through `RetroLayer.decode`. Sliding-window
+    layers of a RetroCache are exact, and a prompt costs them its length times the window. Any other
+    cache (DynamicCache, StaticCache), and no cache at all, are transformers' `sdpa`.
 
     Args:
         module: the attention layer.
@@ -96,8 +96,10 @@ def retro_attention(
             f"where the layer of the cache {has}; use a DynamicCache"
         )
     if not isinstance(layer, SlidingCacheLayer) and (tokens == 1 or layer.is_filled):
-        _check_new_tokens(attention_mask, tokens)
-        out = layer.decode(query, key.keys, key.values, scaling)
+        if tokens == 1:
+            out = layer.decode(query, key.keys, key.values, scaling)
+        else:
+            out = layer.extend(query, key.keys, key.values, attention_mask, scaling)
         return out.transpose(1, 2).contiguous(), None
     if attention_mask is not None and attention_mask.shape[1] == 0:
         raise ValueError(OTHER_MASK)  # see `retro_mask`
@@ -173,11 +175,13 @@ def retro_mask(
         plain = mask_function is causal_mask_function
     if not plain:
         raise ValueError(OTHER_MASK)
+    if isinstance(kv_offset, LayerOffset):
+        kv_offset.layer.check_turn(attention_mask, q_length)
     if attention_mask is None or q_length == 1:
         return None
     attention_mask = attention_mask.bool()
     if torch.compiler.is_compiling() or attention_mask.shape[1] > q_length:
-        return attention_mask  # tokens that continue a filled cache: `retro_attention` checks them
+        return attention_mask  # its tokens continue a filled cache
     if attention_mask.all():
         return None
     if not attention_mask[:, -1].all() or (attention_mask[:, :-1] > attention_mask[:, 1:]).any():
@@ -214,16 +218,6 @@ def _window_mask(
         real = attention_mask.bool()[:, key.flatten().clamp(0, known - 1)][:, None, None]
         allowed = allowed & real & (key < known)
     return allowed.expand(batch_size, 1, q_length, kv_length)
-
-
-def _check_new_tokens(attention_mask: Tensor | None, tokens: int) -> None:
-    if attention_mask is None or torch.compiler.is_compiling():
-        return
-    if not attention_mask[:, -tokens:].all():
-        raise ValueError(
-            f"RetroCache: the {tokens} new tokens of a filled cache must not be padded; continue "
-            "rows of different length one by one, or reset() the cache and prefill anew"
-        )
 
 
 def _is_same(one: Any, other: Any) -> bool:

@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import json
+import os
 import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from retro_ops import RetroConfig, RetroLayer
+
+FORMAT = "retro_cache"
+FORMAT_VERSION = 1
+# Of the model's config, what keys and values depend on.
+MODEL_FIELDS = (
+    "model_type",
+    "num_hidden_layers",
+    "layer_types",
+    "sliding_window",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rope_parameters",
+)
+
+
+class LayerOffset(int):
+    """The number 0, where transformers expects the position of a layer's first key.
+
+    It reaches the mask function `retro`, which asks the layer whether it can take a turn, before
+    any layer has changed.
+    """
+
+    layer: RetroCacheLayer
+
+    @classmethod
+    def of(cls, layer: RetroCacheLayer) -> LayerOffset:
+        """The one of `layer`."""
+        offset = cls(0)
+        offset.layer = layer
+        return offset
 
 
 class RetroTokens:
@@ -59,26 +101,27 @@ class RetroCacheLayer(CacheLayerMixin):
         self.retro: RetroLayer | None = None
         # A tensor, changed in place, so that positions do not recompile a step. It counts padding.
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
+        # Tokens so far up to the last padding that is not at the beginning of a row.
+        self.padded_length = torch.zeros((), dtype=torch.int64)
         # Only forwards of several tokens ask this: they are a prompt, or continue one.
         self.is_filled = False
         self._build_marks: tuple[Any, Any] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the state for keys `[B, Hkv, any, D]`."""
-        self.retro = RetroLayer(
-            self.config,
-            batch_size=self.batch_size,
-            num_query_heads=self.num_query_heads,
-            num_kv_heads=key_states.shape[1],
-            head_dim=key_states.shape[3],
-            max_length=self.max_length,
-            dtype=key_states.dtype,
-            device=key_states.device,
-            offload=self.offload_store,
-        )
-        self.cumulative_length = self.cumulative_length.to(key_states.device)
-        _mark_static(*self.retro.buffers(), self.cumulative_length)
-        self.is_initialized = True
+        with _outside_inference_mode():
+            retro = RetroLayer(
+                self.config,
+                batch_size=self.batch_size,
+                num_query_heads=self.num_query_heads,
+                num_kv_heads=key_states.shape[1],
+                head_dim=key_states.shape[3],
+                max_length=self.max_length,
+                dtype=key_states.dtype,
+                device=key_states.device,
+                offload=self.offload_store,
+            )
+        self._allocate(retro)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -102,21 +145,172 @@ class RetroCacheLayer(CacheLayerMixin):
         self.is_filled = True
 
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
-        """Appends and attends, token by token: query `[B, Hq, T, D]`; see `RetroLayer.decode`."""
-        retro = self._initialized()
-        outs = [
-            retro.decode(
-                query[:, :, t : t + 1], keys[:, :, t : t + 1], values[:, :, t : t + 1], scale
-            )
-            for t in range(query.shape[2])
-        ]
-        self.cumulative_length.add_(query.shape[2])
+        """Appends one token and attends; see `RetroLayer.decode`."""
+        out = self._initialized().decode(query, keys, values, scale)
+        self.cumulative_length.add_(1)
         self.is_filled = True
-        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+        return out
+
+    def extend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attention_mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """Takes in a later turn, query `[B, Hq, T, D]`; see `RetroLayer.extend`.
+
+        Args:
+            query, keys, values, scale: as there.
+            attention_mask: `[B, past + T]` or `[B, T]`, 0 for padding in the turn, and for the
+                latest tokens so far, if they are to be forgotten; None: neither.
+        """
+        retro, tokens = self._initialized(), query.shape[2]
+        if not torch.compiler.is_compiling():
+            surplus = self.check_turn(attention_mask, tokens)
+            if surplus.any():
+                retro.crop(retro.lengths() - surplus.to(keys.device))
+        mask = None if attention_mask is None else attention_mask[:, -tokens:].bool()
+        out = retro.extend(query, keys, values, scale, mask)
+        if mask is not None:
+            place = torch.arange(1, tokens + 1, device=mask.device)
+            until = (place * ~mask).amax()
+            until = torch.where(until > 0, self.cumulative_length + until, self.padded_length)
+            self.padded_length.copy_(until)
+        self.cumulative_length.add_(tokens)
+        self.is_filled = True
+        return out
+
+    def check_turn(self, attention_mask: Tensor | None, tokens: int) -> Tensor:
+        """Raises unless the layer can take a turn of `tokens` tokens; waits for the device.
+
+        Args:
+            attention_mask: as in `extend`.
+
+        Returns:
+            `[B]` int64 on the CPU: tokens of each row that the mask wants forgotten.
+
+        Raises:
+            ValueError: the turn of a row ends with padding, or the mask has not the tokens that the
+                rows hold.
+            RuntimeError: a row has no room.
+        """
+        retro = self._initialized()
+        held = retro.lengths().cpu()
+        surplus = torch.zeros_like(held)
+        new = torch.full_like(held, tokens)
+        if attention_mask is not None:
+            real = attention_mask.bool().cpu()
+            turn, past = real[:, -tokens:], real[:, :-tokens]
+            if not turn[:, -1].all():
+                raise ValueError(
+                    f"RetroCache: the {tokens} new tokens of a filled cache must not end with "
+                    "padding in any row; set tokenizer.padding_side = 'left'"
+                )
+            new = turn.sum(dim=1)
+            if past.shape[1]:
+                surplus = held - past.sum(dim=1)
+                trailing = (~past).long().flip(1).cumprod(dim=1).sum(dim=1)
+                wrong = (surplus < 0) | (surplus > trailing)
+                if wrong.any():
+                    row = int(wrong.long().argmax())
+                    raise ValueError(
+                        f"RetroCache: the attention_mask has {int(past[row].sum())} tokens of row "
+                        f"{row} before the {tokens} new ones, the cache holds {int(held[row])}; "
+                        "give the mask that they came with (the latest of them may be masked, "
+                        "which forgets them)"
+                    )
+                fixed = (surplus > retro.croppable().cpu()) & (surplus < held)
+                if fixed.any():
+                    row = int(fixed.long().argmax())
+                    raise ValueError(
+                        f"RetroCache: the attention_mask masks the latest {int(surplus[row])} "
+                        f"tokens of row {row}, but only {int(retro.croppable()[row])} can be "
+                        "forgotten, the others are in clusters; reset() the cache and prefill anew"
+                    )
+        for before, more in zip((held - surplus).tolist(), new.tolist(), strict=True):
+            if before + more > self.max_length:
+                raise RuntimeError(
+                    f"RetroCache: a row holds {before} of max_cache_len {self.max_length} tokens, "
+                    f"{more} more do not fit; make the cache with a larger max_cache_len"
+                )
+        return surplus
+
+    def check_crop(self, tokens: int) -> None:
+        """Raises ValueError unless the latest `tokens` tokens can be forgotten."""
+        length, padded = int(self.cumulative_length), int(self.padded_length)
+        if tokens > length - padded:
+            raise ValueError(
+                f"RetroCache.crop: cannot remove {tokens} tokens, only {length - padded} came "
+                "after the padding of the latest turn"
+                if padded
+                else f"RetroCache.crop: cannot remove {tokens} of {length} tokens"
+            )
+        if self.retro is None:
+            return
+        lengths, croppable = self.retro.lengths(), self.retro.croppable()
+        fixed = (croppable < tokens) & (lengths > tokens)
+        if fixed.any():
+            row = int(fixed.long().argmax())
+            raise ValueError(
+                f"RetroCache.crop: cannot remove {tokens} tokens, row {row} can lose "
+                f"{int(croppable[row])} of {int(lengths[row])}: the others are in clusters, which "
+                "do not know the order of their tokens; reset() and prefill again, or fork() "
+                "before what may have to be undone"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the latest `-tokens_to_remove` tokens, a number of 0 or less."""
+        self.check_crop(-tokens_to_remove)
+        if self.retro is not None:
+            self.retro.crop((self.retro.lengths() + tokens_to_remove).clamp(min=0))
+        self.cumulative_length.add_(tokens_to_remove)
+        self.is_filled = int(self.cumulative_length) > 0
+
+    def fork(self, rows: Tensor) -> RetroCacheLayer:
+        """A copy that goes on by itself, with rows `rows` `[R]` of this one."""
+        twin = RetroCacheLayer(
+            self.config,
+            num_query_heads=self.num_query_heads,
+            batch_size=len(rows),
+            max_length=self.max_length,
+            offload=self.offload_store,
+        )
+        twin._load_lengths(self)
+        twin._build_marks = (0.0, self.build_seconds())
+        if self.retro is not None:
+            with _outside_inference_mode():
+                retro = self.retro.fork(rows)
+            twin._allocate(retro)
+        return twin
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of what the layer holds, for `load_state`; nothing before the first tokens."""
+        if self.retro is None:
+            return {}
+        return {
+            **self.retro.used_state(),
+            "cumulative_length": self.cumulative_length.clone(),
+            "padded_length": self.padded_length.clone(),
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `state` of such a layer gave; this one is new."""
+        if not state:
+            return
+        state = dict(state)
+        for name in ("cumulative_length", "padded_length"):
+            getattr(self, name).copy_(state.pop(name))
+        self.lazy_initialization(*state["steady"])
+        self._initialized().load_used_state(state)
+        self.is_filled = int(self.cumulative_length) > 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """No keys: the mask function `retro` knows a RetroCache by this."""
-        return 0, 0
+        if query_length == 1 or not self.is_filled or torch.compiler.is_compiling():
+            return 0, 0
+        return 0, LayerOffset.of(self)
 
     def get_seq_length(self) -> int:
         """Tokens so far, padding included; a tensor, changed in place."""
@@ -131,6 +325,7 @@ class RetroCacheLayer(CacheLayerMixin):
         if self.retro is not None:
             self.retro.reset()
         self.cumulative_length.zero_()
+        self.padded_length.zero_()
         self.is_filled = False
         self._build_marks = None
 
@@ -156,6 +351,18 @@ class RetroCacheLayer(CacheLayerMixin):
     def __getstate__(self) -> dict[str, Any]:
         # CUDA events cannot be copied, what they measured can: copy.deepcopy keeps a filled cache.
         return {**self.__dict__, "_build_marks": (0.0, self.build_seconds())}
+
+    def _allocate(self, retro: RetroLayer) -> None:
+        self.retro = retro
+        self.cumulative_length = self.cumulative_length.to(retro.store.device)
+        self.padded_length = self.padded_length.to(retro.store.device)
+        _mark_static(*retro.buffers(), self.cumulative_length, self.padded_length)
+        self.is_initialized = True
+
+    def _load_lengths(self, other: RetroCacheLayer) -> None:
+        self.cumulative_length = other.cumulative_length.clone()
+        self.padded_length = other.padded_length.clone()
+        self.is_filled = other.is_filled
 
     def _initialized(self) -> RetroLayer:
         assert self.retro is not None  # update() came before
@@ -199,11 +406,10 @@ class SlidingCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the window for keys and values `[B, Hkv, any, D]`."""
         rows, heads = key_states.shape[:2]
-        self.keys = key_states.new_zeros(rows, heads, self.past, key_states.shape[3])
-        self.values = value_states.new_zeros(rows, heads, self.past, value_states.shape[3])
-        self.cumulative_length = self.cumulative_length.to(key_states.device)
-        _mark_static(self.keys, self.values, self.cumulative_length)
-        self.is_initialized = True
+        with _outside_inference_mode():
+            keys = key_states.new_zeros(rows, heads, self.past, key_states.shape[3])
+            values = value_states.new_zeros(rows, heads, self.past, value_states.shape[3])
+        self._allocate(keys, values)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -268,6 +474,69 @@ class SlidingCacheLayer(CacheLayerMixin):
         if self.is_initialized:
             for window in (self.keys, self.values):
                 window.copy_(window.index_select(0, beam_idx.to(window.device)))
+
+    def check_crop(self, tokens: int) -> None:
+        """Raises ValueError unless the latest `tokens` tokens can be forgotten."""
+        length = int(self.cumulative_length)
+        if tokens > length:
+            raise ValueError(f"RetroCache.crop: cannot remove {tokens} of {length} tokens")
+        if tokens and length > self.past:
+            raise ValueError(
+                f"RetroCache.crop: cannot remove {tokens} tokens: after {length} a sliding-window "
+                f"layer has let go of those before the latest {self.past}, which it would need "
+                "again; reset() and prefill again, or fork() before what may have to be undone"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the latest `-tokens_to_remove` tokens, a number of 0 or less."""
+        self.check_crop(-tokens_to_remove)
+        if tokens_to_remove and self.is_initialized:
+            for window in (self.keys, self.values):
+                kept = window[:, :, :tokens_to_remove].clone()
+                window[:, :, -tokens_to_remove:] = kept
+        self.cumulative_length.add_(tokens_to_remove)
+        self.is_filled = int(self.cumulative_length) > 0
+
+    def fork(self, rows: Tensor) -> SlidingCacheLayer:
+        """A copy that goes on by itself, with rows `rows` `[R]` of this one."""
+        twin = SlidingCacheLayer(self.sliding_window)
+        twin.past = self.past
+        twin.cumulative_length = self.cumulative_length.clone()
+        twin.is_filled = self.is_filled
+        if self.is_initialized:
+            chosen = rows.to(self.keys.device)
+            with _outside_inference_mode():
+                keys, values = (each.index_select(0, chosen) for each in (self.keys, self.values))
+            twin._allocate(keys, values)
+        return twin
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of what the layer holds, for `load_state`; nothing before the first tokens."""
+        if not self.is_initialized:
+            return {}
+        return {
+            "keys": self.keys.clone(),
+            "values": self.values.clone(),
+            "cumulative_length": self.cumulative_length.clone(),
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `state` of such a layer gave; this one is new."""
+        if not state:
+            return
+        self.cumulative_length.copy_(state["cumulative_length"])
+        self.lazy_initialization(state["keys"], state["values"])
+        for name, window in (("keys", self.keys), ("values", self.values)):
+            # A cache of another max_cache_len may keep more or fewer tokens.
+            latest = state[name][:, :, max(state[name].shape[2] - self.past, 0) :]
+            window[:, :, self.past - latest.shape[2] :] = latest
+        self.is_filled = int(self.cumulative_length) > 0
+
+    def _allocate(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.cumulative_length = self.cumulative_length.to(keys.device)
+        _mark_static(self.keys, self.values, self.cumulative_length)
+        self.is_initialized = True
 
     def _is_prompt(self, tokens: int) -> bool:
         return tokens > 1 and not self.is_filled
@@ -340,6 +609,8 @@ class RetroCache(Cache):
                     "only full_attention and sliding_attention layers are supported"
                 )
         super().__init__(layers=layers)
+        self._model = _model_fields(config)
+        self._offload = offload
         self._rows = batch_size
         self._max_tokens = max_cache_len
 
@@ -367,8 +638,146 @@ class RetroCache(Cache):
         super().early_initialization(batch_size, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Not possible: clusters cannot be taken apart."""
-        raise NotImplementedError("RetroCache cannot be cropped; reset() it and prefill again")
+        """Forgets the latest tokens of every row, exactly.
+
+        Tokens that are in clusters cannot go, see `RetroLayer.crop`, nor can any once they are more
+        than a sliding-window layer keeps.
+
+        Args:
+            tokens_to_remove: 0 or a negative number, as of transformers' caches: -3 removes three.
+                The latest positions of all rows go; a row that began later is empty then.
+
+        Raises:
+            ValueError: a positive number (which was a length once, in transformers), or a layer
+                cannot forget so many tokens; no layer has changed then.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"RetroCache.crop: the number of tokens to remove is given as a negative one, got "
+                f"{tokens_to_remove}; crop(-{tokens_to_remove}) removes {tokens_to_remove}"
+            )
+        for layer in self.layers:
+            layer.check_crop(-tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def fork(self, rows: Tensor | None = None) -> RetroCache:
+        """A copy that goes on by itself: a shared prefix, several continuations.
+
+        Args:
+            rows: `[R]` integers: row i of the copy is row `rows[i]` of this cache, so that one row
+                may become several; None: the same rows.
+
+        Raises:
+            ValueError: `rows` names a row that is not there.
+        """
+        if rows is None:
+            rows = torch.arange(self._rows)
+        chosen = rows.tolist()
+        if rows.dim() != 1 or not chosen or not all(0 <= row < self._rows for row in chosen):
+            raise ValueError(
+                f"RetroCache.fork: rows must be one or more of 0..{self._rows - 1}, got {chosen}"
+            )
+        twin = copy.copy(self)
+        twin.layers = [layer.fork(rows) for layer in self.layers]
+        twin._rows = len(chosen)
+        return twin
+
+    def save(self, path: str | Path) -> None:
+        """Writes the cache to a file, for `load`.
+
+        The file is in safetensors format; the metadata `header` is JSON that says what it is of.
+        Only what is in use is written; page caches are not, they change no result.
+
+        Args:
+            path: replaced, if it is there, when all is written.
+        """
+        path = Path(path)
+        tensors = {
+            f"{index}.{name}": tensor.contiguous().cpu()
+            for index, layer in enumerate(self.layers)
+            for name, tensor in layer.state().items()
+        }
+        header = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "model": self._model,
+            "retro_config": asdict(self.retro_config),
+            "max_cache_len": self._max_tokens,
+            "batch_size": self._rows,
+            "offload": self._offload,
+            "lengths": [
+                [] if layer.retro is None else layer.retro.lengths().tolist()
+                for layer in self.retro_layers
+            ],
+        }
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+        try:
+            save_file(tensors, unfinished, metadata={"header": json.dumps(header)})
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        config: PreTrainedConfig,
+        retro_config: RetroConfig | None = None,
+        *,
+        max_cache_len: int | None = None,
+        offload: bool | None = None,
+        device: torch.device | str = "cpu",
+    ) -> RetroCache:
+        """The cache that `save` wrote; generation goes on with the same tokens.
+
+        Args:
+            path: the file.
+            config: the model's config. That the weights are those that made the file is up to you.
+            retro_config: budgets and sizes, if they are to be checked; None: those of the file.
+            max_cache_len: tokens that a row can hold; None: as it was. It may be larger, or smaller
+                if the tokens still fit.
+            offload: as in `RetroCache`; None: as it was.
+            device: where the cache is to live.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no cache, or one of another format version, model or
+                `retro_config`, or its tokens do not fit `max_cache_len`.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"RetroCache.load: no file {str(path)!r}")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                header = json.loads((file.metadata() or {}).get("header", "null"))
+                _check_header(path, header, config, retro_config)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"RetroCache.load: {str(path)!r} is not a cache that RetroCache.save wrote, or is "
+                f"damaged ({error})"
+            ) from error
+        cache = cls(
+            config,
+            RetroConfig(**header["retro_config"]),
+            max_cache_len=header["max_cache_len"] if max_cache_len is None else max_cache_len,
+            batch_size=header["batch_size"],
+            offload=header["offload"] if offload is None else offload,
+        )
+        for index, layer in enumerate(cache.layers):
+            prefix = f"{index}."
+            own = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
+            try:
+                layer.load_state(own)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"RetroCache.load: layer {index} of {str(path)!r} does not load: {error}"
+                ) from error
+        return cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Not possible: memory is allocated once."""
@@ -418,8 +827,9 @@ class RetroCache(Cache):
                 f"RetroCache: a prompt of {tokens} tokens exceeds max_cache_len "
                 f"{self._max_tokens}; {advice}"
             )
-        # A step on a GPU does not wait for the device to answer; its ops check by themselves.
-        if torch.compiler.is_compiling() or (tokens == 1 and new.device.type != "cpu"):
+        # A turn of several tokens has its padding, which the layer knows. A step on a GPU does not
+        # wait for the device to answer; its ops check by themselves.
+        if torch.compiler.is_compiling() or tokens > 1 or new.device.type != "cpu":
             return
         held = first.longest_row()
         if held + tokens > self._max_tokens:
@@ -427,6 +837,43 @@ class RetroCache(Cache):
                 f"RetroCache: a row holds {held} of max_cache_len {self._max_tokens} tokens, "
                 f"{tokens} more do not fit; {advice}"
             )
+
+
+def _model_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    text_config = config.get_text_config(decoder=True)
+    fields = {name: getattr(text_config, name, None) for name in MODEL_FIELDS}
+    return json.loads(json.dumps(fields, default=str))  # as a file gives them back
+
+
+def _check_header(
+    path: Path, header: Any, config: PreTrainedConfig, retro_config: RetroConfig | None
+) -> None:
+    """Raises ValueError unless a file with this header is a cache for a model."""
+    where = f"RetroCache.load: {str(path)!r}"
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"{where} is not a cache that RetroCache.save wrote")
+    if header.get("version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{where} has format version {header.get('version')}, this retro_ops reads "
+            f"{FORMAT_VERSION}; make the cache anew"
+        )
+    pairs = [("model", header["model"], _model_fields(config))]
+    if retro_config is not None:
+        pairs.append(("retro_config", header["retro_config"], asdict(retro_config)))
+    for what, held, asked in pairs:
+        for name in {**held, **asked}:
+            if held.get(name) != asked.get(name):
+                raise ValueError(
+                    f"{where} is of another {what}: {name} is {held.get(name)!r} there, "
+                    f"{asked.get(name)!r} here"
+                )
+
+
+def _outside_inference_mode() -> contextlib.AbstractContextManager[None]:
+    """For memory that may also be changed there: what inference mode allocates may not."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)
 
 
 def _mark_static(*tensors: Tensor) -> None:

@@ -354,6 +354,7 @@ def _add_bench(commands: Any) -> None:
         kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
         _add_budgets(kind)
     _add_bench_buffer(kinds)
+    _add_bench_long(kinds)
 
 
 def _add_bench_buffer(kinds: Any) -> None:
@@ -415,6 +416,47 @@ def _bench_buffer(options: argparse.Namespace) -> None:
         ):
             rows += case
     _report(options, rows, buffer.COLUMNS)
+
+
+def _add_bench_long(kinds: Any) -> None:
+    kind = _command(
+        kinds,
+        "long",
+        _bench_long,
+        "A long answer, one compiled step a token: does it stay as fast and as exact?",
+    )
+    kind.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
+    kind.add_argument("--context", type=number(1), default=2048, help="tokens of the prompt")
+    kind.add_argument("--tokens", type=number(1), default=16384, help="of the answer")
+    kind.add_argument("--window", type=number(1), default=2048, help="tokens of a row of figures")
+    kind.add_argument("--batch", type=number(1), default=1, help="rows")
+    kind.add_argument("--dtype", choices=DTYPES, default="float32")
+    kind.add_argument("--keys", choices=KINDS, default=KINDS[0])
+    kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
+    kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
+    _add_budgets(kind)
+
+
+def _bench_long(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import long
+
+    rows: list[dict[str, Any]] = []
+    with _progress() as progress:
+        progress("compiling", 0, options.tokens)
+        for row in long.run(
+            device=torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+            prompt=options.context,
+            tokens=options.tokens,
+            window=options.window,
+            batch_size=options.batch,
+            dtype=DTYPES[options.dtype],
+            kind=options.keys,
+            config=_budgets(options),
+        ):
+            rows.append(row)
+            done = len(rows) * options.window
+            progress(f"{done:,} of {options.tokens:,} tokens", done, options.tokens)
+    _report(options, rows, long.COLUMNS)
 
 
 def _bench(options: argparse.Namespace) -> None:

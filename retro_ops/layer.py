@@ -7,10 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retro_ops import wave_buffer, wave_index
+from retro_ops import turn, wave_buffer, wave_index
 from retro_ops.config import RetroConfig
 from retro_ops.decode import decode_step
-from retro_ops.ops._contract import ELEMENT_DTYPES, Counter, retrieved_count
+from retro_ops.ops._contract import (
+    ELEMENT_DTYPES,
+    Counter,
+    retrieved_count,
+    without_backward,
+)
 from retro_ops.ops.update_pages import DEFAULT_POLICY, POLICIES
 
 
@@ -203,13 +208,7 @@ class RetroLayer(nn.Module):
                 there the token is dropped and counted, in `stats()["dropped_tokens"]`.
         """
         self._check_tokens("decode", key, value)
-        expected = (self.batch_size, self.num_query_heads, 1, self.head_dim)
-        if tuple(query.shape) != expected:
-            raise ValueError(
-                f"RetroLayer.decode: query must be [B, Hq, 1, D] = {list(expected)}, "
-                f"got {list(query.shape)}"
-            )
-        self._check_like_layer("decode", "query", query)
+        self._check_query("decode", query, 1)
         out = decode_step(
             self,
             query.squeeze(2),
@@ -218,6 +217,96 @@ class RetroLayer(nn.Module):
             self.head_dim**-0.5 if scale is None else scale,
         )
         return out.unsqueeze(2)
+
+    def extend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Takes in many tokens at once, as the next turn of a conversation brings them.
+
+        Each new token attends exactly, whatever the budgets are, to everything its row holds and
+        to the new tokens up to itself. Fewer than `update_segment` tokens leave the layer as if
+        they had been decoded one by one, bit for bit, but for the counters of decode steps; more
+        are clustered in segments of `segment_size` as those of a prompt, with the steady tokens
+        that leave. Rows may be empty: a long prompt may come in parts.
+
+        Args:
+            query: `[B, Hq, T, D]`, any strides, after rotary embedding.
+            keys: `[B, Hkv, T, D]`, any strides, after rotary embedding.
+            values: like `keys`.
+            scale: factor on q . k; None: 1 / sqrt(D).
+            mask: `[B, T]` bool, False for padding, anywhere; what it holds does not matter. A row
+                may be all padding. None: no padding.
+
+        Returns:
+            `[B, Hq, T, D]` in query's dtype; zero for padding.
+
+        Raises:
+            ValueError: a shape, dtype or device does not fit the layer.
+            RuntimeError: a row has no room for its tokens. After either the layer keeps what it
+                held. The device is waited for, except in compiled code, where tokens without room
+                are dropped on a GPU and counted, as in `decode`.
+        """
+        self._check_tokens("extend", keys, values)
+        self._check_query("extend", query, keys.shape[2])
+        mask = self._checked_mask(keys, mask)
+        self._check_room("extend", mask.sum(dim=1))
+        with torch.no_grad():
+            out = turn.attend(
+                self,
+                query,
+                keys,
+                values,
+                mask,
+                self.head_dim**-0.5 if scale is None else scale,
+            )
+            turn.append(self, keys, values, mask)
+        for argument in (query, keys, values):
+            out = without_backward("extend", out, argument)
+        return out
+
+    def crop(self, lengths: Tensor | int) -> None:
+        """Forgets the latest tokens of each row, exactly, as far as they are in the steady zone.
+
+        Indexed tokens cannot go one by one: a cluster does not know the order of its tokens, so
+        nothing says which of them came last. The latest `local_tokens` tokens are not indexed when
+        a segment is, so that many can go, once; `fork` before what may have to be undone further.
+
+        Args:
+            lengths: `[B]` integers or one number: tokens that each row keeps, up to what it holds.
+                A row that keeps none is reset.
+
+        Raises:
+            ValueError: a row holds fewer tokens, or would lose indexed ones; no row has changed
+                then. The device is waited for.
+        """
+        keep = torch.as_tensor(lengths, dtype=torch.int64).cpu().expand(self.batch_size).tolist()
+        for row, (kept, counts) in enumerate(zip(keep, self.counters.tolist(), strict=True)):
+            indexed, steady = counts[Counter.INDEXED_TOKENS], counts[Counter.STEADY_TOKENS]
+            if not 0 <= kept <= indexed + steady:
+                raise ValueError(
+                    f"RetroLayer.crop: row {row} holds {indexed + steady} tokens and cannot keep "
+                    f"{kept}; keep 0..{indexed + steady}"
+                )
+            lowest = indexed + self.config.sink_tokens if indexed else 0
+            if 0 < kept < lowest:
+                raise ValueError(
+                    f"RetroLayer.crop: row {row} must keep {lowest} of its {indexed + steady} "
+                    f"tokens, got {kept}: the others are in clusters, which do not know the order "
+                    "of their tokens; reset() and prefill again, or fork() before what may have to "
+                    "be undone"
+                )
+        for row, kept in enumerate(keep):
+            if kept == 0:
+                self._reset_row(row)
+            else:
+                self.counters[row, Counter.STEADY_TOKENS] = (
+                    kept - self.counters[row, Counter.INDEXED_TOKENS]
+                )
 
     def reset(self) -> None:
         """Forgets all tokens and statistics; the memory stays."""
@@ -233,8 +322,105 @@ class RetroLayer(nn.Module):
             rows: `[B]` integers.
         """
         for name, buffer in self.named_buffers():
-            axis = 1 if name in ("steady", "store", "centroids", "totals", "pages") else 0
+            axis = _row_axis(name)
             buffer.copy_(buffer.index_select(axis, rows.to(buffer.device)))
+
+    def fork(self, rows: Tensor | None = None) -> RetroLayer:
+        """A copy that goes on by itself: a shared prefix, several continuations.
+
+        Args:
+            rows: `[R]` integers: row i of the copy is row `rows[i]` of this layer, so that one row
+                may become several; None: the same rows.
+
+        Raises:
+            ValueError: `rows` names a row that is not there.
+        """
+        if rows is None:
+            rows = torch.arange(self.batch_size)
+        chosen = rows.tolist()
+        if rows.dim() != 1 or not chosen or not all(0 <= row < self.batch_size for row in chosen):
+            raise ValueError(
+                f"RetroLayer.fork: rows must be one or more of 0..{self.batch_size - 1}, "
+                f"got {chosen}"
+            )
+        twin = RetroLayer(
+            self.config,
+            batch_size=len(chosen),
+            num_query_heads=self.num_query_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            max_length=self.max_length,
+            dtype=self.store.dtype,
+            device=self.store.device,
+            offload=self.offload,
+            _policy=self.policy,
+        )
+        for name, buffer in self.named_buffers():
+            picked = buffer.index_select(_row_axis(name), rows.to(buffer.device))
+            twin.get_buffer(name).copy_(picked)
+        return twin.train(self.training)
+
+    def used_state(self) -> dict[str, Tensor]:
+        """Copies of the buffers as far as they are in use, for `load_used_state`.
+
+        The page cache of an offloaded layer is left out: it changes no result.
+        """
+        ends = self._used_ends(self.counters)
+        return {
+            name: buffer[_up_to(ends.get(name), buffer)].clone(
+                memory_format=torch.contiguous_format
+            )
+            for name, buffer in self.named_buffers()
+            if name not in wave_buffer.NAMES
+        }
+
+    def load_used_state(self, state: dict[str, Tensor]) -> None:
+        """Replaces whatever the layer holds with what `used_state` of another layer gave.
+
+        The other one may have had another `max_length` and `offload`; everything else is the same.
+
+        Raises:
+            ValueError: a tensor is missing or not one of this layer's, or does not fit into it; the
+                layer keeps what it held.
+        """
+        own = {name: b for name, b in self.named_buffers() if name not in wave_buffer.NAMES}
+        if state.keys() != own.keys():
+            raise ValueError(
+                f"RetroLayer.load_used_state: a layer has the tensors {sorted(own)}, "
+                f"got {sorted(state)}"
+            )
+        counters = state["counters"]
+        if counters.shape != self.counters.shape or counters.dtype != self.counters.dtype:
+            raise ValueError(
+                f"RetroLayer.load_used_state: counters must be {list(self.counters.shape)} of "
+                f"{self.counters.dtype}, got {list(counters.shape)} of {counters.dtype}"
+            )
+        ends = self._used_ends(counters)
+        for name, buffer in own.items():
+            given, expected = state[name], [*buffer.shape]
+            if name in ends:
+                axis, end = ends[name]
+                if not 0 <= end <= expected[axis]:
+                    raise ValueError(
+                        f"RetroLayer.load_used_state: {name} has room for {expected[axis]} entries "
+                        f"at max_length {self.max_length}, not for {end}; make the layer or cache "
+                        "with a larger max_length"
+                    )
+                expected[axis] = end
+            if [*given.shape] != expected or given.dtype != buffer.dtype:
+                raise ValueError(
+                    f"RetroLayer.load_used_state: {name} must be {expected} of {buffer.dtype}, "
+                    f"got {[*given.shape]} of {given.dtype}"
+                )
+        longest = int(_lengths(counters).max())
+        if longest > self.max_length:
+            raise ValueError(
+                f"RetroLayer.load_used_state: a row of {longest} tokens exceeds max_length "
+                f"{self.max_length}; make the layer or cache with a larger max_length"
+            )
+        self.reset()
+        for name, buffer in own.items():
+            buffer[_up_to(ends.get(name), buffer)].copy_(state[name])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -244,7 +430,13 @@ class RetroLayer(nn.Module):
 
     def lengths(self) -> Tensor:
         """Tokens that each row holds, padding not included: `[B]` int64, on the device."""
-        return self.counters[:, Counter.STEADY_TOKENS] + self.counters[:, Counter.INDEXED_TOKENS]
+        return _lengths(self.counters)
+
+    def croppable(self) -> Tensor:
+        """Tokens that `crop` can take from each row without resetting it: `[B]` int64."""
+        steady = self.counters[:, Counter.STEADY_TOKENS]
+        indexed = self.counters[:, Counter.INDEXED_TOKENS] > 0
+        return steady - self.config.sink_tokens * indexed
 
     def stats(self) -> dict[str, int]:
         """Counters since the last prefill or reset, summed over rows; waits for the device.
@@ -252,7 +444,7 @@ class RetroLayer(nn.Module):
         Returns:
             steps: decode steps (of the batch).
             steady_tokens, indexed_tokens, clusters: what the rows hold now.
-            updates: segments that became clusters while decoding.
+            updates: segments that became clusters while decoding, or in a short turn.
             retrieved_tokens: tokens retrieved, over KV heads and steps.
             page_hits, page_misses: pages of retrieved clusters that were in the page cache, and
                 those that were not; 0 unless offloaded, like the next four.
@@ -311,9 +503,33 @@ class RetroLayer(nn.Module):
         )
         return min(round(config.estimation_budget * clusters), clusters - retrieved)
 
+    def _reset_row(self, row: int) -> None:
+        for name, buffer in self.named_buffers():
+            if name not in wave_buffer.NAMES:
+                buffer.narrow(_row_axis(name), row, 1).zero_()
+        if self.offload:
+            wave_buffer.clear_buffers(
+                {
+                    name: self.get_buffer(name).narrow(_row_axis(name), row, 1)
+                    for name in wave_buffer.NAMES
+                }
+            )
+
+    def _used_ends(self, counters: Tensor) -> dict[str, tuple[int, int]]:
+        """Of each buffer that fills up: the axis on which it does, and where what is used ends."""
+        columns = (Counter.STEADY_TOKENS, Counter.INDEXED_TOKENS, Counter.CLUSTERS)
+        steady, indexed, clusters = (int(counters[:, column].max()) for column in columns)
+        return {
+            "steady": (3, steady),
+            "store": (3, indexed),
+            "centroids": (3, clusters),
+            "offsets": (2, clusters + 1),
+            "variances": (2, clusters),
+        }
+
     def _check_tokens(self, method: str, key: Tensor, value: Tensor) -> None:
         name, other, letter = (
-            ("keys", "values", "T") if method == "prefill" else ("key", "value", "1")
+            ("key", "value", "1") if method == "decode" else ("keys", "values", "T")
         )
         fits = key.dim() == 4 and (key.shape[0], key.shape[1], key.shape[3]) == (
             self.batch_size,
@@ -333,9 +549,70 @@ class RetroLayer(nn.Module):
         self._check_like_layer(method, name, key)
         self._check_like_layer(method, other, value)
 
+    def _check_query(self, method: str, query: Tensor, tokens: int) -> None:
+        expected = (self.batch_size, self.num_query_heads, tokens, self.head_dim)
+        if tuple(query.shape) != expected:
+            letter = "1" if method == "decode" else "T"
+            raise ValueError(
+                f"RetroLayer.{method}: query must be [B, Hq, {letter}, D] = {list(expected)}, "
+                f"got {list(query.shape)}"
+            )
+        self._check_like_layer(method, "query", query)
+
+    def _checked_mask(self, keys: Tensor, mask: Tensor | None) -> Tensor:
+        shape = (self.batch_size, keys.shape[2])
+        if mask is None:
+            return torch.ones(shape, dtype=torch.bool, device=keys.device)
+        if tuple(mask.shape) != shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"RetroLayer.extend: mask must be [B, T] = {list(shape)} of torch.bool, "
+                f"got {list(mask.shape)} of {mask.dtype}"
+            )
+        if mask.device != keys.device:
+            raise ValueError(
+                f"RetroLayer.extend: mask must be on {keys.device} like keys, got {mask.device}"
+            )
+        return mask
+
+    def _check_room(self, method: str, new: Tensor) -> None:
+        """Raises if a row has no room for its `new` `[B]` tokens."""
+        lengths = self.lengths()
+        if torch.compiler.is_compiling():
+            if lengths.device.type == "cpu":
+                torch._assert_async(
+                    (lengths + new <= self.max_length).all(),
+                    f"RetroLayer.{method}: a row has no room for its tokens in max_length "
+                    f"{self.max_length}; make the layer or cache with a larger max_length",
+                )
+            return
+        for row, (held, more) in enumerate(zip(lengths.tolist(), new.tolist(), strict=True)):
+            if held + more > self.max_length:
+                raise RuntimeError(
+                    f"RetroLayer.{method}: row {row} holds {held} of max_length {self.max_length} "
+                    f"tokens, {more} more do not fit; make the layer or cache with a larger "
+                    "max_length"
+                )
+
     def _check_like_layer(self, method: str, name: str, tensor: Tensor) -> None:
         if tensor.dtype != self.store.dtype or tensor.device != self.store.device:
             raise ValueError(
                 f"RetroLayer.{method}: {name} must be {self.store.dtype} on {self.store.device} "
                 f"like the layer, got {tensor.dtype} on {tensor.device}"
             )
+
+
+def _row_axis(name: str) -> int:
+    """The axis of a buffer that counts rows."""
+    return 1 if name in ("steady", "store", "centroids", "totals", "pages") else 0
+
+
+def _up_to(end: tuple[int, int] | None, buffer: Tensor) -> tuple[slice, ...]:
+    """Everything of a buffer, or what lies before an end on an axis."""
+    whole = [slice(None)] * buffer.dim()
+    if end is not None:
+        whole[end[0]] = slice(end[1])
+    return tuple(whole)
+
+
+def _lengths(counters: Tensor) -> Tensor:
+    return counters[:, Counter.STEADY_TOKENS] + counters[:, Counter.INDEXED_TOKENS]

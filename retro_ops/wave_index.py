@@ -23,7 +23,7 @@ def indexed_capacity(config: RetroConfig, max_length: int) -> tuple[int, int]:
     return tokens, cluster_count(tokens, config.cluster_size)
 
 
-def indexed_spans(config: RetroConfig, starts: Tensor, tokens: int) -> Tensor:
+def indexed_spans(config: RetroConfig, starts: Tensor, tokens: int, multiple: int = 1) -> Tensor:
     """The span of each row's tokens that a prompt of `tokens` tokens puts into the index.
 
     All but the sinks and the local tokens are indexed, if that is `update_segment` tokens or more;
@@ -32,20 +32,31 @@ def indexed_spans(config: RetroConfig, starts: Tensor, tokens: int) -> Tensor:
     Args:
         starts: `[B]` int64, first token of each row.
         tokens: length of the padded prompt.
+        multiple: of which the indexed tokens are to be one; the latest others stay.
 
     Returns:
         `[B, 2]` int64: first token and the one after the last; an empty span is (0, 0).
     """
     first = starts + config.sink_tokens
-    last = tokens - config.local_tokens
-    span = torch.stack((first, torch.full_like(first, last)), dim=1)
-    return span * (last - first >= config.update_segment)[:, None]
+    length = tokens - config.local_tokens - first
+    span = torch.stack((first, first + length // multiple * multiple), dim=1)
+    return span * (length >= config.update_segment)[:, None]
 
 
-def build(layer: RetroLayer, keys: Tensor, values: Tensor, starts: Tensor) -> None:
-    """Fills an empty layer: clusters of a prompt into the index, the rest into the steady zone."""
+def build(
+    layer: RetroLayer, keys: Tensor, values: Tensor, starts: Tensor, multiple: int = 1
+) -> None:
+    """Clusters of a prompt go behind what the index holds, the rest into the empty steady zone.
+
+    Args:
+        layer: changed in place.
+        keys, values: `[B, Hkv, T, D]`.
+        starts: `[B]` int64, first token of each row.
+        multiple: as in `indexed_spans`. Only the first clusters of a row may be of any number of
+            tokens: their number is rounded, and the index has room for one rounding.
+    """
     config, tokens = layer.config, keys.shape[2]
-    spans = indexed_spans(config, starts, tokens)
+    spans = indexed_spans(config, starts, tokens, multiple)
     position = torch.arange(tokens, device=keys.device)
     indexed = (position >= spans[:, :1]) & (position < spans[:, 1:])
     # A shorter prompt has nothing to index in any row; a compiled one serves prompts of any length.
