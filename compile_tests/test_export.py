@@ -110,7 +110,7 @@ def arguments_of(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def rows_axis(key: str) -> int:
-    return 1 if key in ("steady", "store", "centroids", "totals") else 0
+    return 1 if key in ("steady", "store", "centroids", "totals", "pages") else 0
 
 
 def resized(tensors: dict[str, Tensor], rows: int, tokens: int) -> dict[str, Tensor]:
