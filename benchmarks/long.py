@@ -17,7 +17,7 @@ from retro_ops.testing import dense_attention, make_query, relative_error
 
 COLUMNS = (
     *("dtype", "keys", "batch", "tokens", "ms", "us", "us_20", "us_80", "updates", "graphs"),
-    *("prompt_us", "error", "prompt_error"),
+    *("prompt_us", "error", "worst_error", "prompt_error", "prompt_worst_error"),
 )
 """What a table shows of a row; the machine is in its title."""
 CHECKED_STEPS = 64
@@ -58,8 +58,8 @@ def run(
     """A row of figures for every `window` tokens of the answer.
 
     `ms` is the mean of all steps of the window, those that index a segment included; `us` is their
-    median. `error` is that of the last `CHECKED_STEPS` outputs against dense attention.
-    `prompt_us` and `prompt_error` are of the same steps, had all tokens before them been a prompt.
+    median. Errors are those of the last `CHECKED_STEPS` outputs against dense attention, median
+    and worst. `prompt_...` are of the same steps, had all tokens before them been a prompt.
 
     Args:
         device: where the layer lives.
@@ -110,6 +110,10 @@ def run(
         for t in range(checked, last):
             seen = keys[:, :, : t + 1].double(), values[:, :, : t + 1].double()
             exact.append(dense_attention(steps[t - first][0].double(), *seen))
+        errors, fresh_errors = (
+            torch.tensor(list(map(relative_error, each, exact)))
+            for each in (outs[-CHECKED_STEPS:], fresh)
+        )
         yield {
             "dtype": str(dtype).removeprefix("torch."),
             "keys": kind,
@@ -122,7 +126,9 @@ def run(
             "prompt_us": Timing.of(fresh_microseconds).median_us,
             "updates": layer.stats()["updates"] // batch_size,
             "graphs": counters["stats"]["unique_graphs"] - before,
-            "error": relative_error(torch.cat(outs[-CHECKED_STEPS:]), torch.cat(exact)),
-            "prompt_error": relative_error(torch.cat(fresh), torch.cat(exact)),
+            "error": errors.median().item(),
+            "worst_error": errors.max().item(),
+            "prompt_error": fresh_errors.median().item(),
+            "prompt_worst_error": fresh_errors.max().item(),
             **facts,
         }
