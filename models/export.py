@@ -138,7 +138,7 @@ def export_model(
     of equal length, and for the version of the op library that is loaded now.
 
     Args:
-        model: on its device, ready for inference.
+        model: on its device, ready for inference; it is set to retro attention.
         path: the file to write, `*.pt2`.
         context: N, tokens that a row can hold, prompt and generated ones.
         batch_size: B, rows; a package has one number of rows.
