@@ -37,6 +37,7 @@ from retro_ops._library import find_library
 from retro_ops.cli import main
 from retro_ops.models import RetroCache, export_model, load_exported
 from retro_ops.models.export import Program, state_of
+from retro_ops.ops._contract import Counter
 from retro_ops.testing import assert_same, example_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -198,7 +199,7 @@ def test_torchscript_calls_the_ops(tmp_path: Path) -> None:
     results = []
     for function in (step, torch.jit.load(str(file))):
         steady = torch.zeros(2, 2, 2, 50, 16)
-        counters = torch.zeros(2, 8, dtype=torch.int64)
+        counters = torch.zeros(2, len(Counter), dtype=torch.int64)
         out, lse = function(query, steady, keys, keys + 1, counters)
         results.append((out, lse, steady, counters))
     assert int(results[0][3][0, 0]) == 30
@@ -483,7 +484,7 @@ def test_package_says_what_it_is(llama: tuple[PreTrainedModel, Path], folder: Pa
     assert facts["torch"] == torch.__version__
     assert (facts["context"], facts["batch_size"], facts["vocabulary"]) == ("2400", "2", "97")
     assert (facts["device"], facts["dtype"]) == ("cpu", "float32")
-    assert "0.counters int64 2x8" in facts["state"].splitlines()
+    assert f"0.counters int64 2x{len(Counter)}" in facts["state"].splitlines()
     figures = json.loads((folder / "llama.json").read_text())
     assert figures["retro.state"] == metadata["retro.state"]
     assert figures["megabytes"] == package.stat().st_size / 1e6
