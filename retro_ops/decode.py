@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from retro_ops import wave_index
 from retro_ops.ops import (
     append_tokens,
     cluster_gather,
     decode_attention,
-    grow_index,
     merged_attention,
     page_gather,
     update_pages,
@@ -37,17 +37,7 @@ def decode_step(
     """
     config, index = layer.config, layer.index
     append_tokens(keys, values, None, layer.steady, layer.counters, layer.max_length)
-    grow_index(
-        layer.steady,
-        layer.store,
-        *index,
-        layer.counters,
-        config.sink_tokens,
-        config.local_tokens,
-        config.update_segment,
-        config.cluster_size,
-        config.kmeans_iterations,
-    )
+    wave_index.grow(layer)
     if query.is_cuda and not layer.offload:  # all that follows in one op, with the same bits
         return decode_attention(
             query,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retro_ops import wave_index
-from retro_ops.ops import append_tokens, grow_index
+from retro_ops.ops import append_tokens
 from retro_ops.ops._contract import Counter
 
 if TYPE_CHECKING:
@@ -126,7 +126,6 @@ def append(layer: RetroLayer, keys: Tensor, values: Tensor, mask: Tensor) -> Non
 
 
 def _append_as_steps(layer: RetroLayer, keys: Tensor, values: Tensor, mask: Tensor) -> None:
-    config = layer.config
     place = mask.cumsum(dim=1) - 1
     done = torch.zeros_like(layer.counters[:, Counter.STEADY_TOKENS])
     # As many as there is room for, which may fill up a segment; then the others.
@@ -134,17 +133,7 @@ def _append_as_steps(layer: RetroLayer, keys: Tensor, values: Tensor, mask: Tens
         room = layer.steady.shape[3] - layer.counters[:, Counter.STEADY_TOKENS]
         chosen = mask & (place >= done[:, None]) & (place < (done + room)[:, None])
         append_tokens(keys, values, chosen, layer.steady, layer.counters, layer.max_length)
-        grow_index(
-            layer.steady,
-            layer.store,
-            *layer.index,
-            layer.counters,
-            config.sink_tokens,
-            config.local_tokens,
-            config.update_segment,
-            config.cluster_size,
-            config.kmeans_iterations,
-        )
+        wave_index.grow(layer)
         done = done + room
 
 

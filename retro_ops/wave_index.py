@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retro_ops.config import RetroConfig
-from retro_ops.ops import append_tokens, cluster_keys, pack_clusters
+from retro_ops.ops import append_tokens, cluster_keys, grow_index, pack_clusters
 from retro_ops.ops._contract import cluster_count
 
 if TYPE_CHECKING:
@@ -75,3 +75,19 @@ def build(
         )
     steady = ~indexed & (position >= starts[:, None])
     append_tokens(keys, values, steady, layer.steady, layer.counters, layer.max_length)
+
+
+def grow(layer: RetroLayer) -> None:
+    """Clusters full segments of the steady zone, if there are any; see `grow_index`."""
+    config = layer.config
+    grow_index(
+        layer.steady,
+        layer.store,
+        *layer.index,
+        layer.counters,
+        config.sink_tokens,
+        config.local_tokens,
+        config.update_segment,
+        config.cluster_size,
+        config.kmeans_iterations,
+    )
