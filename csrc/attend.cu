@@ -421,6 +421,18 @@ struct Walker {
     }
   }
 
+  // Asks for the first two tiles of values to come closer.
+  __device__ __forceinline__ void prefetch(int32_t first, int32_t last) const {
+    static_assert(2 * kTileTokens == 32);
+    const int32_t v = first * kTileTokens + lane;
+    if (v >= min(rows, last * kTileTokens)) return;
+    const uint4* row = values.row(ids[v]);
+#pragma unroll 1
+    for (int chunk = 0; chunk < row_chunks; chunk += 8) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(row + chunk));
+    }
+  }
+
   // Calls use(stage, tile) for every tile.
   template <typename Use>
   __device__ __forceinline__ void walk(int32_t first, int32_t last, const Use& use) {
@@ -619,48 +631,61 @@ __device__ __forceinline__ int32_t take_ticket(int32_t* tickets) {
 }
 
 // A warp's share of the tail: for each query the largest mass (base 2), and their sum relative to it.
-template <typename S>
 __device__ __noinline__ void sum_tail(
     const AttendParams& params,
-    const Place& place,
-    const float* masses,
+    int32_t task,
+    int32_t first_query,
+    int32_t queries,
     int32_t share,
     int32_t shares,
-    float2* sums,
-    int lane) {
+    float2* sums) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   const EstimatedClusters& clusters = params.estimated;
-  if (clusters.tail == nullptr) return;
-  const int64_t counted = params.counters[place.b * kCounters + kClusters];
+  const int64_t counted =
+      params.counters[task / static_cast<int32_t>(params.heads) * kCounters + kClusters];
   const int64_t live = counted < 0 ? 0 : counted < clusters.clusters ? counted : clusters.clusters;
   const int64_t all_words = (live + 31) / 32, stride = params.groups;
-  const uint32_t* words = clusters.tail + place.task * ((clusters.clusters + 31) / 32);
+  const uint32_t* words = clusters.tail + task * ((clusters.clusters + 31) / 32);
+  const float* masses = clusters.log2_mass + task * clusters.clusters * stride + first_query;
   const int32_t first = static_cast<int32_t>(all_words * share / shares);
   const int32_t last = static_cast<int32_t>(all_words * (share + 1) / shares);
   constexpr int kTogether = 4;  // queries
+  constexpr int kAhead = 4;     // clusters of a lane that are under way
   const bool quads = stride % kTogether == 0;
 #pragma unroll 1
-  for (int query = 0; query < place.queries; query += kTogether) {
+  for (int query = 0; query < queries; query += kTogether) {
     float top[kTogether], sum[kTogether];
 #pragma unroll
     for (int q = 0; q < kTogether; ++q) top[q] = -INFINITY, sum[q] = 0.0f;
-#pragma unroll 2
-    for (int32_t w = first; w < last; ++w) {
-      if ((words[w] >> lane & 1) == 0) continue;
-      const float* row = masses + (int64_t{w} * 32 + lane) * stride + query;
-      float own[kTogether];
-      if (quads) {
-        const float4 four = __ldcg(reinterpret_cast<const float4*>(row));
-        own[0] = four.x, own[1] = four.y, own[2] = four.z, own[3] = four.w;
-      } else {
+    uint32_t own_word = 0;
+#pragma unroll 1
+    for (int32_t w = first; w < last; w += kAhead) {
+      const int at = (w - first) % 32;
+      if (at == 0) own_word = w + lane < last ? __ldcg(words + w + lane) : 0;
+      float own[kAhead][kTogether];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const bool in_tail = __shfl_sync(kAllLanes, own_word, at + k) >> lane & 1;
+        const float* row = masses + (int64_t{w + k} * 32 + lane) * stride + query;
+        if (in_tail && quads) {
+          const float4 four = __ldcg(reinterpret_cast<const float4*>(row));
+          own[k][0] = four.x, own[k][1] = four.y, own[k][2] = four.z, own[k][3] = four.w;
+          continue;
+        }
 #pragma unroll
         for (int q = 0; q < kTogether; ++q) {
-          own[q] = query + q < place.queries ? __ldcg(row + q) : -INFINITY;
+          own[k][q] = in_tail && query + q < queries ? __ldcg(row + q) : -INFINITY;
         }
       }
 #pragma unroll
       for (int q = 0; q < kTogether; ++q) {
-        const float higher = fmaxf(top[q], own[q]), origin = higher == -INFINITY ? 0.0f : higher;
-        sum[q] = sum[q] * exp2_of(top[q] - origin) + exp2_of(own[q] - origin);
+        float higher = top[q];
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) higher = fmaxf(higher, own[k][q]);
+        const float origin = higher == -INFINITY ? 0.0f : higher;
+        sum[q] *= exp2_of(top[q] - origin);
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) sum[q] += exp2_of(own[k][q] - origin);
         top[q] = higher;
       }
     }
@@ -674,14 +699,9 @@ __device__ __noinline__ void sum_tail(
       float all = top[q] == -INFINITY ? 0.0f : sum[q] * exp2_of(top[q] - higher);
 #pragma unroll
       for (int step = 16; step > 0; step /= 2) all += __shfl_xor_sync(kAllLanes, all, step);
-      if (lane == 0 && query + q < place.queries) sums[query + q] = make_float2(higher, all);
+      if (lane == 0 && query + q < queries) sums[query + q] = make_float2(higher, all);
     }
   }
-}
-
-// A barrier of the first `threads` threads of a block.
-__device__ __forceinline__ void sync_first(int threads) {
-  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
 }
 
 template <typename S>
@@ -725,6 +745,7 @@ __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
   Queries<S> queries;
   wait_for_predecessor();
 
+  const bool has_tail = params.estimated.tail != nullptr;
   int32_t share, shares;  // of the warps that have the same kind of rows
   if (walker.estimates) {
     const EstimatedClusters& clusters = params.estimated;
@@ -734,7 +755,6 @@ __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
     walker.ids = clusters.ids + place.task * clusters.clusters;
     walker.masses =
         clusters.log2_mass + place.task * clusters.clusters * groups + place.first_query;
-    sum_tail<S>(params, place, walker.masses, share, shares, tail_sums[warp], lane);
     walker.values = {
         nullptr, clusters.centroid_values.row<const T>(place.b, place.h, 0), 0,
         clusters.centroid_values.stride_t};
@@ -776,43 +796,47 @@ __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
         params.steady_values.row<const T>(place.b, place.h, 0),
         params.store_values.row<const T>(place.b, place.h, 0), params.steady_values.stride_t,
         params.store_values.stride_t};
-    sync_first(exact_threads);
   }
+  __syncthreads();
   const int64_t tiles = (walker.rows + kTileTokens - 1) / kTileTokens;
   const float scale2 = params.scale * kLog2e;
-  walker.walk(
-      static_cast<int32_t>(tiles * share / shares),
-      static_cast<int32_t>(tiles * (share + 1) / shares), [&](int stage, int32_t t) {
-        float logits[kQueryTiles][4];
-        if (walker.estimates) {
+  const int32_t first_tile = static_cast<int32_t>(tiles * share / shares);
+  const int32_t last_tile = static_cast<int32_t>(tiles * (share + 1) / shares);
+  if (walker.estimates && has_tail) {
+    walker.prefetch(first_tile, last_tile);
+    sum_tail(params, place.task, place.first_query, place.queries, share, shares, tail_sums[warp]);
+  }
+  walker.walk(first_tile, last_tile, [&](int stage, int32_t t) {
+    float logits[kQueryTiles][4];
+    if (walker.estimates) {
 #pragma unroll
-          for (int n = 0; n < kQueryTiles; ++n) {
+      for (int n = 0; n < kQueryTiles; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const int query = 8 * n + 2 * (lane % 4) + i % 2;
-              logits[n][i] = query < place.queries
-                  ? walker.masses_at(stage)[(lane / 4 + i / 2 * 8) * S::kQueries + query]
-                  : -INFINITY;
-            }
-          }
-        } else {
-          queries.score(walker.keys_at(stage), lane, logits);
-#pragma unroll
-          for (int n = 0; n < kQueryTiles; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) logits[n][i] *= scale2;
-          }
+        for (int i = 0; i < 4; ++i) {
+          const int query = 8 * n + 2 * (lane % 4) + i % 2;
+          logits[n][i] = query < place.queries
+              ? walker.masses_at(stage)[(lane / 4 + i / 2 * 8) * S::kQueries + query]
+              : -INFINITY;
         }
+      }
+    } else {
+      queries.score(walker.keys_at(stage), lane, logits);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (t * kTileTokens + lane / 4 + 8 * i < walker.rows) continue;
+      for (int n = 0; n < kQueryTiles; ++n) {
 #pragma unroll
-          for (int n = 0; n < kQueryTiles; ++n) {
-            logits[n][2 * i] = logits[n][2 * i + 1] = -INFINITY;
-          }
-        }
-        state.add(logits, walker.values_at(stage), lane);
-      });
+        for (int i = 0; i < 4; ++i) logits[n][i] *= scale2;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (t * kTileTokens + lane / 4 + 8 * i < walker.rows) continue;
+#pragma unroll
+      for (int n = 0; n < kQueryTiles; ++n) {
+        logits[n][2 * i] = logits[n][2 * i + 1] = -INFINITY;
+      }
+    }
+    state.add(logits, walker.values_at(stage), lane);
+  });
   state.store(reinterpret_cast<float*>(memory + warp * S::kWarpBytes), warp_sums[warp], lane);
   __syncthreads();
 
@@ -823,7 +847,6 @@ __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
       (static_cast<int64_t>(tile) * pieces + place.piece) * parts * S::kQueries;
   const int quads = static_cast<int>(params.head_dim) / 4;
   float4* values = reinterpret_cast<float4*>(params.values) + first_sum * quads;
-  const bool has_tail = params.estimated.tail != nullptr;
 #pragma unroll 1
   for (int i = thread; i < parts * place.queries * quads; i += threads) {
     const int part = i / (place.queries * quads), rest = i % (place.queries * quads);
