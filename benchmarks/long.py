@@ -1,18 +1,29 @@
-"""A long answer, one compiled step a token: whether it stays as fast and as exact."""
+"""A long answer, one compiled step a token: whether it stays as fast and as exact.
+
+`run` decodes with one layer, `run_model` with a whole model.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
 
 from retro_ops import RetroConfig, RetroLayer
 from retro_ops.benchmarks import machine
 from retro_ops.benchmarks.decode import QUERY_HEADS, check, make_layer, make_rows
+from retro_ops.benchmarks.model import SHAPES, make_model
 from retro_ops.benchmarks.timing import Timing, synchronize
+from retro_ops.models import RetroCache, load_model, load_tokenizer
+from retro_ops.models.generate import Decoder, make_cache
+from retro_ops.models.load import RECALL
+from retro_ops.models.prose import prose
+from retro_ops.models.recall import make_task
 from retro_ops.testing import dense_attention, make_query, relative_error
 
 COLUMNS = (
@@ -20,6 +31,10 @@ COLUMNS = (
     *("prompt_us", "error", "worst_error", "prompt_error", "prompt_worst_error"),
 )
 """What a table shows of a row; the machine is in its title."""
+MODEL_COLUMNS = (
+    *("model", "dtype", "batch", "tokens", "ms", "us", "us_20", "us_80", "growth_us", "updates"),
+    *("graphs", "error", "kl", "worst_kl", "top1"),
+)
 CHECKED_STEPS = 64
 
 
@@ -132,3 +147,144 @@ def run(
             "prompt_worst_error": fresh_errors.max().item(),
             **facts,
         }
+
+
+def load(
+    name: str, *, dtype: torch.dtype, device: torch.device, rows: int, tokens: int
+) -> tuple[PreTrainedModel, Tensor]:
+    """A model and ids `[B, T]` to feed it: of prose where it has a tokenizer, else random ones.
+
+    Args:
+        name: as in `load_model`, or a shape of `benchmarks.model` with random weights.
+        dtype: of the weights.
+        device: of both.
+        rows: B.
+        tokens: T.
+    """
+    if name in SHAPES:
+        model: PreTrainedModel = make_model(name, dtype, device)
+    else:
+        model = load_model(name, dtype=dtype, device=device)
+    if name in RECALL:
+        ids = make_task(tokens, tokens // 16, 1, batch_size=rows).body
+    elif name in SHAPES:
+        vocabulary = model.config.vocab_size
+        ids = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    else:
+        tokenizer = load_tokenizer(name)
+        ids = torch.stack([_prose_ids(tokenizer, tokens, seed) for seed in range(rows)])
+    return model, ids.to(device)
+
+
+def _prose_ids(tokenizer: Any, tokens: int, seed: int) -> Tensor:
+    paragraph = prose(seed)
+    text, ids = "", torch.empty(0)
+    while len(ids) < tokens:
+        text += "\n\n".join(paragraph() for _ in range(1 + tokens // 256)) + "\n\n"
+        ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    return ids[:tokens]
+
+
+def run_model(
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    name: str,
+    prompt: int,
+    window: int,
+    config: RetroConfig,
+) -> Iterator[dict[str, object]]:
+    """A row of figures for every `window` tokens that a model is fed after its prompt.
+
+    The tokens are given, not the model's own, so that dense attention can be asked about the same
+    ones. Distributions of the next token are compared after the last `CHECKED_STEPS` steps of a
+    window, and in a first row after the first ones that follow the prompt: relative error of the
+    logits, Kullback-Leibler divergence from dense to retro attention in nats (mean and worst), and
+    how often both would choose the same token. `growth_us` is the median of the steps in which
+    clusters were added to the index.
+
+    Args:
+        model: on its device.
+        ids: `[B, T]` int64: the prompt, and a multiple of `window` tokens more.
+        name: of the model, for the rows.
+        prompt: tokens that are prefilled.
+        window: tokens.
+        config: budgets and sizes.
+
+    Raises:
+        ValueError: the tokens after the prompt are no multiple of `window`, or none.
+        RuntimeError: a step needed a second graph.
+    """
+    rows, tokens = ids.shape
+    answer = tokens - prompt
+    if window < 2 * CHECKED_STEPS or answer < window or answer % window:
+        raise ValueError(
+            f"bench long: tokens must be a multiple of window, and window at least "
+            f"{2 * CHECKED_STEPS}, got {answer} and {window}"
+        )
+    facts = machine.facts(model.device)
+    # After so many tokens each: the last steps of a row of figures.
+    ends = [prompt + CHECKED_STEPS, *range(prompt + window, tokens + 1, window)]
+    dense = _dense_logits(model, ids, ends)
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    decoder = Decoder(
+        model, "retro", batch_size=rows, max_length=tokens, config=config, compile_step=True
+    )
+    assert isinstance(decoder.cache, RetroCache)
+    decoder.prefill(ids[:, :prompt])
+    # All layers grow in the same steps.
+    layer = decoder.cache.retro_layers[0].retro
+    assert layer is not None
+    logits: list[Tensor] = []
+    growth: list[float] = []
+    done, updates = prompt, 0
+    for end, expected in zip(ends, dense, strict=True):
+        first_step = len(decoder.step_seconds)
+        for t in range(done, end):
+            with torch._dynamo.config.patch(error_on_recompile=t > prompt):
+                out = decoder.step(ids[:, t, None])
+            if t >= end - CHECKED_STEPS:
+                logits.append(out.float().cpu())
+            grown = int(layer.stats()["updates"])
+            if grown > updates:
+                growth.append(1e6 * decoder.step_seconds[-1])
+            updates = grown
+        done = end
+        # The first step of all compiles, the next ones record the graph.
+        steps = [1e6 * s for s in decoder.step_seconds[first_step + (5 if end == ends[0] else 0) :]]
+        timing = Timing.of(steps)
+        retro = torch.stack(logits, dim=1)
+        log_dense, log_retro = expected.log_softmax(dim=-1), retro.log_softmax(dim=-1)
+        kl = (log_dense.exp() * (log_dense - log_retro)).sum(dim=-1)
+        yield {
+            "model": name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "batch": rows,
+            "tokens": end,
+            "ms": sum(steps) / len(steps) / 1e3,
+            "us": timing.median_us,
+            "us_20": timing.low_us,
+            "us_80": timing.high_us,
+            "growth_us": Timing.of(growth).median_us if growth else None,
+            "updates": updates // rows,
+            "graphs": counters["stats"]["unique_graphs"] - before,
+            "error": relative_error(retro, expected),
+            "kl": kl.mean().item(),
+            "worst_kl": kl.max().item(),
+            "top1": (log_dense.argmax(dim=-1) == log_retro.argmax(dim=-1)).float().mean().item(),
+            **facts,
+        }
+        logits, growth = [], []
+
+
+@torch.inference_mode()
+def _dense_logits(model: PreTrainedModel, ids: Tensor, ends: Sequence[int]) -> list[Tensor]:
+    """Logits `[B, CHECKED_STEPS, V]` of the tokens that follow the last ones before each end."""
+    cache = make_cache(model, "dense", batch_size=ids.shape[0], max_length=ids.shape[1])
+    logits, done = [], 0
+    for end in ends:
+        out = model(input_ids=ids[:, done:end], past_key_values=cache, logits_to_keep=CHECKED_STEPS)
+        logits.append(out.logits.float().cpu())
+        done = end
+    return logits

@@ -81,7 +81,7 @@ def run(
     facts = machine.facts(device)
     for shape in shapes:
         for dtype in dtypes:
-            model = _make_model(shape, dtype, device)
+            model = make_model(shape, dtype, device)
             for tokens in contexts:
                 for rows in batch_sizes:
                     case = {
@@ -101,7 +101,7 @@ def run(
                     yield [{**case, **figure, **facts} for figure in figures]
 
 
-def _make_model(shape: str, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+def make_model(shape: str, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=1 << 21)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(config, dtype=dtype)

@@ -80,6 +80,25 @@ def test_bench_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "tokens must be a multiple of window" in capsys.readouterr().err
 
 
+def test_bench_long_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.json"
+    small = ["--device", "cpu", "--context", "1100", "--tokens", "1200", "--window", "600"]
+    assert main(["bench", "long", "--model", "tiny", *small, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["tokens"] for row in rows] == [1164, 1700, 2300]
+    assert [row["updates"] for row in rows] == [0, 0, 1]
+    assert [row["growth_us"] is None for row in rows] == [True, True, False]
+    for row in rows:
+        assert row["graphs"] == 1
+        assert 0 < row["us_20"] <= row["us"] <= row["us_80"]
+        assert 0 < row["error"] < 0.1
+        assert abs(row["kl"]) <= abs(row["worst_kl"]) < 1e-3
+        assert row["top1"] > 0.9
+    capsys.readouterr()
+    assert main(["bench", "long", "--model", "tiny", "--tokens", "1200", "--window", "500"]) == 2
+    assert "tokens must be a multiple of window" in capsys.readouterr().err
+
+
 BUFFER = ["bench", "buffer", "--policy", "lru,lfu", "--cache-ratio", "0.1", "--steps", "40"]
 
 

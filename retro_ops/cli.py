@@ -425,6 +425,11 @@ def _add_bench_long(kinds: Any) -> None:
         _bench_long,
         "A long answer, one compiled step a token: does it stay as fast and as exact?",
     )
+    kind.add_argument(
+        "--model",
+        help="a whole model: recall, recall-128k, gemma, a directory, a model of the hub, or a "
+        "shape of `bench model` with random weights; without it, one layer",
+    )
     kind.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
     kind.add_argument("--context", type=number(1), default=2048, help="tokens of the prompt")
     kind.add_argument("--tokens", type=number(1), default=16384, help="of the answer")
@@ -440,23 +445,42 @@ def _add_bench_long(kinds: Any) -> None:
 def _bench_long(options: argparse.Namespace) -> None:
     from retro_ops.benchmarks import long
 
+    place = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows: list[dict[str, Any]] = []
     with _progress() as progress:
         progress("compiling", 0, options.tokens)
-        for row in long.run(
-            device=torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
-            prompt=options.context,
-            tokens=options.tokens,
-            window=options.window,
-            batch_size=options.batch,
-            dtype=DTYPES[options.dtype],
-            kind=options.keys,
-            config=_budgets(options),
-        ):
+        if options.model is None:
+            found = long.run(
+                device=place,
+                prompt=options.context,
+                tokens=options.tokens,
+                window=options.window,
+                batch_size=options.batch,
+                dtype=DTYPES[options.dtype],
+                kind=options.keys,
+                config=_budgets(options),
+            )
+        else:
+            model, ids = long.load(
+                options.model,
+                dtype=DTYPES[options.dtype],
+                device=place,
+                rows=options.batch,
+                tokens=options.context + options.tokens,
+            )
+            found = long.run_model(
+                model,
+                ids,
+                name=options.model,
+                prompt=options.context,
+                window=options.window,
+                config=_budgets(options),
+            )
+        for row in found:
             rows.append(row)
-            done = len(rows) * options.window
+            done = row["tokens"] - options.context
             progress(f"{done:,} of {options.tokens:,} tokens", done, options.tokens)
-    _report(options, rows, long.COLUMNS)
+    _report(options, rows, long.COLUMNS if options.model is None else long.MODEL_COLUMNS)
 
 
 def _bench(options: argparse.Namespace) -> None:
