@@ -91,9 +91,12 @@ def test_bench_long_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for row in rows:
         assert row["graphs"] == 1
         assert 0 < row["us_20"] <= row["us"] <= row["us_80"]
-        assert 0 < row["error"] < 0.1
-        assert abs(row["kl"]) <= abs(row["worst_kl"]) < 1e-3
-        assert row["top1"] > 0.9
+        for kind in ("", "prompt_"):
+            assert 0 < row[f"{kind}error"] < 0.1
+            assert abs(row[f"{kind}kl"]) < 1e-3
+            assert row[f"{kind}top1"] > 0.9
+    # Without growth in between, both are the same prompt and steps.
+    assert rows[0]["error"] == pytest.approx(rows[0]["prompt_error"], rel=0.1)
     capsys.readouterr()
     assert main(["bench", "long", "--model", "tiny", "--tokens", "1200", "--window", "500"]) == 2
     assert "tokens must be a multiple of window" in capsys.readouterr().err
