@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from retro_ops import RetroConfig
 from retro_ops.models.attention import NAME
 from retro_ops.models.cache import RetroCache
+from retro_ops.models.spread import is_spread
 
 ATTENTIONS = {"dense": "sdpa", "retro": NAME}
 """Kinds of attention by the names that commands take; the values are transformers' names."""
@@ -74,7 +75,8 @@ class Decoder:
     """One batch of rows of equal length: a prompt at once, then a token of each row at a time.
 
     A retro step is compiled into one graph, if asked for. A dense one is not: its cache grows, and
-    transformers' cache of fixed size is several times slower on a CPU.
+    transformers' cache of fixed size is several times slower on a CPU. Nor is that of a model that
+    lies on several devices: `spread` says whether its shares are.
 
     Args:
         model, attention, batch_size, max_length, config: as in `make_cache`.
@@ -102,7 +104,7 @@ class Decoder:
         # Steps read the same memory: strides that differ from call to call would compile anew.
         self._ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
         self._forward: Callable[..., Any] = model.forward
-        if compile_step and attention == "retro":
+        if compile_step and attention == "retro" and not is_spread(model):
             mode = "reduce-overhead" if model.device.type == "cuda" else None
             self._forward = torch.compile(model.forward, mode=mode, fullgraph=True, dynamic=False)
 

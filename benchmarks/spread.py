@@ -1,0 +1,156 @@
+"""A model of random weights on one GPU and spread over several: time, and what handing over costs."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from retro_ops import RetroConfig
+from retro_ops.benchmarks import machine
+from retro_ops.benchmarks.model import SHAPES, fill_retro
+from retro_ops.benchmarks.timing import synchronize, time_steps
+from retro_ops.models import spread
+
+COLUMNS = (
+    *("shape", "layers", "dtype", "context", "batch", "devices", "offload", "ms", "ms_20", "ms_80"),
+    *("tokens_per_s", "handover_percent", "gib", "note"),
+)
+"""What a table shows of a row; the machine is in its title."""
+
+
+def run(
+    *,
+    devices: Sequence[torch.device],
+    contexts: Sequence[int],
+    batch_sizes: Sequence[int],
+    dtype: torch.dtype,
+    shape: str,
+    layers: int,
+    config: RetroConfig,
+    offload: bool,
+    rounds: int,
+) -> Iterator[list[dict[str, object]]]:
+    """Rows of figures: each context and batch on the first device alone, then on all.
+
+    Caches are filled with random numbers. `handover_percent` is what the step takes longer on
+    several devices than on one, of the former; `gib` are the most bytes that were allocated on each
+    device. What does not fit says so.
+
+    Args:
+        devices: GPUs, or CPUs for a try.
+        contexts: tokens.
+        batch_sizes: rows.
+        dtype: of the weights.
+        shape: a name of `benchmarks.model.SHAPES`.
+        layers: how many the model has; 0: as many as the shape.
+        config: budgets and sizes.
+        offload: keep keys and values in host memory.
+        rounds: timed steps.
+    """
+    facts = machine.facts(devices[0])
+    sizes = dict(SHAPES[shape])
+    if layers:
+        sizes["num_hidden_layers"] = layers
+    alone: dict[tuple[int, int], float] = {}
+    for used in (list(devices[:1]), list(devices)):
+        try:
+            model = make_model(sizes, dtype, used)
+        except torch.OutOfMemoryError:
+            model = None
+        for tokens in contexts:
+            for rows in batch_sizes:
+                figure: dict[str, object] = {
+                    "shape": shape,
+                    "layers": sizes["num_hidden_layers"],
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "context": tokens,
+                    "batch": rows,
+                    "devices": len(used),
+                    "offload": offload,
+                }
+                figure |= _measure(model, used, tokens, rows, config, offload, rounds)
+                if "ms" in figure and len(used) == 1:
+                    alone[tokens, rows] = float(str(figure["ms"]))
+                elif "ms" in figure and (tokens, rows) in alone:
+                    ms = float(str(figure["ms"]))
+                    figure["handover_percent"] = 100 * (1 - alone[tokens, rows] / ms)
+                yield [figure | facts]
+        del model
+        _clear()
+
+
+def make_model(
+    sizes: dict[str, int], dtype: torch.dtype, devices: Sequence[torch.device]
+) -> PreTrainedModel:
+    """A Qwen2 of random weights, made on its devices and spread over them."""
+    config = Qwen2Config(**sizes, max_position_embeddings=1 << 21)
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM._from_config(config, dtype=dtype, attn_implementation="retro")
+    decoder, count = model.model, sizes["num_hidden_layers"]
+    share = -(-count // len(devices))
+    for i, layer in enumerate(decoder.layers):
+        layer.to_empty(device=devices[i // share])
+    decoder.embed_tokens.to_empty(device=devices[0])
+    decoder.norm.to_empty(device=devices[-1])
+    model.lm_head.to_empty(device=devices[-1])
+    decoder.rotary_emb = type(decoder.rotary_emb)(config, device=devices[0])
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, (nn.Linear, nn.Embedding)) and name == "weight":
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.constant_(parameter, 0.0 if name == "bias" else 1.0)
+    counts = [min(share, count - first) for first in range(0, count, share)]
+    return spread(model.eval(), devices, layers=counts)
+
+
+@torch.inference_mode()
+def _measure(
+    model: PreTrainedModel | None,
+    devices: Sequence[torch.device],
+    tokens: int,
+    rows: int,
+    config: RetroConfig,
+    offload: bool,
+    rounds: int,
+) -> dict[str, Any]:
+    if model is None:
+        return {"note": "the weights do not fit"}
+    gpus = [device for device in devices if device.type == "cuda"]
+    for device in gpus:
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        cache = fill_retro(model, tokens, rows, config, offload=offload)
+        ids = torch.zeros(rows, 1, dtype=torch.int64, device=devices[0])
+
+        def step() -> None:
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            ids.copy_(logits[:, -1].argmax(dim=1, keepdim=True))
+            for device in gpus[1:]:
+                synchronize(device)
+
+        timing = time_steps(devices[0], step, rounds=rounds)
+    except torch.OutOfMemoryError:
+        return {"note": "does not fit in memory"}
+    finally:
+        torch.compiler.reset()
+        _clear()
+    gib = [torch.cuda.max_memory_allocated(device) / 2**30 for device in gpus]
+    return {
+        "ms": timing.median_us / 1e3,
+        "ms_20": timing.low_us / 1e3,
+        "ms_80": timing.high_us / 1e3,
+        "tokens_per_s": 1e6 * rows / timing.median_us,
+        "gib": " ".join(f"{size:.1f}" for size in gib),
+    }
+
+
+def _clear() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
