@@ -96,15 +96,13 @@ class PromptForm:
         return list(self.tokenizer([text], **arguments)["input_ids"][0])
 
 
-def run_settings(
-    model: str, dtype: torch.dtype, attention: str, config: RetroConfig
-) -> dict[str, Any]:
+def run_settings(model: str, dtype: str, attention: str, config: RetroConfig) -> dict[str, Any]:
     """What answers depend on besides the question."""
     from retro_ops.benchmarks import machine
 
     settings: dict[str, Any] = {
         "model": model,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "attention": attention,
         "torch": torch.__version__,
     }
@@ -295,11 +293,12 @@ class Outcome:
 
 
 def ask(
-    model: PreTrainedModel,
+    load: Callable[[], PreTrainedModel],
     tokenizer: Any,
     questions: Sequence[Question],
     *,
     name: str,
+    dtype: str,
     attentions: Sequence[str],
     batch_size: int,
     config: RetroConfig,
@@ -310,10 +309,10 @@ def ask(
     """Asks every question with every kind of attention, but for those answered before.
 
     Args:
-        model: on its device.
+        load: gives the model on its device; called if there is a question left to ask.
         tokenizer: the model's, padding on the left.
         questions: of any length. A batch has questions of one length and one `new_tokens`.
-        name: the model's.
+        name, dtype: the model's, for the records.
         attentions: "dense", "retro" or both.
         batch_size: questions at once.
         config: budgets and sizes of retro.
@@ -324,17 +323,10 @@ def ask(
     Raises:
         ValueError: a question is longer than the model reads, or a batch than memory.
     """
-    limit = model.config.get_text_config().max_position_embeddings
-    longest = max(questions, key=lambda question: len(question.ids) + question.new_tokens)
-    needed = len(longest.ids) + longest.new_tokens
-    if needed > limit:
-        raise ValueError(
-            f"{longest.task} of {needed:,} tokens exceeds the {limit:,} that the model reads; "
-            "give a smaller --context"
-        )
+    model: PreTrainedModel | None = None
     outcomes = []
     for attention in attentions:
-        settings = run_settings(name, model.dtype, attention, config)
+        settings = run_settings(name, dtype, attention, config)
         outcome = Outcome(attention, records.predictions(settings, questions))
         outcome.reused = len(outcome.predictions)
         outcomes.append(outcome)
@@ -342,6 +334,10 @@ def ask(
         progress(f"{attention}: {outcome.reused} answers are there", outcome.reused, len(questions))
         if not left:
             continue
+        if model is None:
+            progress(f"loading {name}", 0, 1)
+            model = load()
+            _check_length(model, left)
         rows = min(batch_size, len(left))
         answerer = Answerer(
             model,
@@ -364,6 +360,17 @@ def ask(
             }
         progress(f"{attention}: done", len(questions), len(questions))
     return outcomes
+
+
+def _check_length(model: PreTrainedModel, questions: Sequence[Question]) -> None:
+    limit = model.config.get_text_config().max_position_embeddings
+    longest = max(questions, key=lambda question: len(question.ids) + question.new_tokens)
+    needed = len(longest.ids) + longest.new_tokens
+    if needed > limit:
+        raise ValueError(
+            f"{longest.task} of {needed:,} tokens exceeds the {limit:,} that the model reads; "
+            "give a smaller --context"
+        )
 
 
 def _batches(questions: Sequence[Question], rows: int) -> Iterator[list[Question]]:

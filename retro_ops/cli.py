@@ -579,13 +579,12 @@ def _ask(
     tokenizer = load_tokenizer(options.model)
     form = evaluation.PromptForm(tokenizer, options.chat)
     questions = make_questions(form)
-    progress(f"loading {options.model}", 0, 1)
-    model = load_model(options.model, dtype=DTYPES[name], device=place)
     outcomes = evaluation.ask(
-        model,
+        lambda: load_model(options.model, dtype=DTYPES[name], device=place),
         tokenizer,
         questions,
         name=options.model,
+        dtype=name,
         attentions=options.attention,
         batch_size=options.batch_size,
         config=config,
