@@ -333,9 +333,11 @@ def _is_letter(character: str) -> bool:
 
 def _cut(text: str) -> Any:
     import logging
+    import warnings
 
-    import jieba
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it imports what setuptools is about to drop
+        import jieba
     jieba.setLogLevel(logging.WARNING)  # it reports loading its dictionary
     return jieba.cut(text, cut_all=False)
 
