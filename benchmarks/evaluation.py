@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -290,6 +293,18 @@ class Outcome:
     """By name of the question."""
     reused: int = 0
     """Of them, those of an earlier run."""
+    seconds: float = 0.0
+    """That the others took, compilation included."""
+
+
+def mean_score(scores: Sequence[float]) -> dict[str, float | int | None]:
+    """Of scores in 0..1, one for each sample: their number, their mean in per cent, its error."""
+    error = 100 * statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
+    return {
+        "samples": len(scores),
+        "score": 100 * statistics.fmean(scores),
+        "standard_error": error,
+    }
 
 
 def ask(
@@ -335,9 +350,11 @@ def ask(
         if not left:
             continue
         if model is None:
+            records.path.touch()  # that it cannot be written is said now
             progress(f"loading {name}", 0, 1)
             model = load()
             _check_length(model, left)
+        begin = time.perf_counter()
         rows = min(batch_size, len(left))
         answerer = Answerer(
             model,
@@ -358,6 +375,7 @@ def ask(
                 question.name: prediction
                 for question, prediction in zip(batch, predictions, strict=True)
             }
+        outcome.seconds = time.perf_counter() - begin
         progress(f"{attention}: done", len(questions), len(questions))
     return outcomes
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from retro_ops.benchmarks.evaluation import Outcome, Progress, PromptForm, Question
+from retro_ops.benchmarks.evaluation import Outcome, Progress, PromptForm, Question, mean_score
 from retro_ops.benchmarks.longbench_tasks import TASKS, Task, score
 
 HUB = "hub"
@@ -34,7 +34,13 @@ def read_samples(data: str, tasks: Sequence[str]) -> dict[str, list[dict[str, An
     if data == HUB:
         from huggingface_hub import hf_hub_download
 
-        path = Path(hf_hub_download(REPOSITORY, ARCHIVE, repo_type="dataset"))
+        try:
+            path = Path(hf_hub_download(REPOSITORY, ARCHIVE, repo_type="dataset"))
+        except OSError as error:
+            raise OSError(
+                f"the hub did not give {ARCHIVE} of {REPOSITORY}; fetch it elsewhere and give its "
+                f"path with --data ({error})"
+            ) from error
     if path.is_dir():
         files = [path / f"{task}.jsonl" for task in tasks]
         found = {file.name: file.read_text("utf-8") for file in files if file.is_file()}
@@ -169,9 +175,8 @@ def results(questions: Sequence[Question], outcomes: Sequence[Outcome]) -> list[
                     "language": TASKS[task].language,
                     "metric": TASKS[task].metric,
                     "attention": outcome.attention,
-                    "samples": len(own),
+                    **mean_score(scores),
                     "longest_prompt": max(len(question.ids) for question in own),
-                    "score": 100 * statistics.fmean(scores),
                 }
             )
     return rows

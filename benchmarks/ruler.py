@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import statistics
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from retro_ops.benchmarks.evaluation import Outcome, Progress, PromptForm, Question
+from retro_ops.benchmarks.evaluation import Outcome, Progress, PromptForm, Question, mean_score
 from retro_ops.benchmarks.ruler_tasks import (
     TASKS,
     Draft,
@@ -124,17 +123,13 @@ def results(questions: Sequence[Question], outcomes: Sequence[Outcome]) -> list[
         for outcome in outcomes:
             prediction = outcome.predictions[question.name]
             case = (question.length, question.task, outcome.attention)
-            scores.setdefault(case, []).append(
-                100 * score(question.task, question.answers, prediction)
-            )
+            scores.setdefault(case, []).append(score(question.task, question.answers, prediction))
     return [
         {
             "task": task,
             "context": length,
             "attention": attention,
-            "samples": len(own),
-            "score": statistics.fmean(own),
-            "standard_error": statistics.stdev(own) / math.sqrt(len(own)) if len(own) > 1 else None,
+            **mean_score(own),
             "tokens_at_least": min(tokens[length, task]),
         }
         for (length, task, attention), own in scores.items()

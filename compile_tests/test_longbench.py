@@ -246,6 +246,15 @@ def test_the_published_archive(data: Path, tmp_path: Path, monkeypatch: pytest.M
     assert longbench.read_samples("hub", ["trec"]) == {"trec": expected["trec"]}
 
 
+def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*arguments: object, **more: object) -> str:
+        raise FileNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(OSError, match=r"did not give data.zip .* --data \(no network\)"):
+        longbench.read_samples("hub", ["trec"])
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -327,7 +336,9 @@ def test_command(
     assert "repobench-p" not in printed
     # Only what is new is asked.
     assert main([*arguments, "--tasks", "zh", "--samples", "1", "--attention", "dense"]) == 0
-    assert "1 answers of an earlier run" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "dense: 4 answers in" in printed
+    assert " 1 of earlier runs" in printed
 
 
 @pytest.mark.parametrize(

@@ -559,7 +559,8 @@ def test_ruler_scores_a_language_model(
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["dtype"] == "bfloat16"
     assert figures["config"]["retrieval_budget"] == 0.018
-    assert figures["answers_of_earlier_runs"] == 0
+    assert figures["answers"]["dense"]["of_earlier_runs"] == 0
+    assert figures["answers"]["retro"]["new"] == 2
     dense, retro = figures["results"]
     assert (dense["attention"], retro["attention"]) == ("dense", "retro")
     assert retro["score"] == 100
@@ -571,7 +572,7 @@ def test_ruler_scores_a_language_model(
 
     monkeypatch.setattr("retro_ops.models.load_model", load)
     assert main(arguments) == 0
-    assert "4 answers of an earlier run" in capsys.readouterr().out
+    assert "retro: 0 answers in 0 s, 2 of earlier runs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -597,15 +597,25 @@ def _ask(
         "chat": form.chat,
         "dtype": name,
         "config": dataclasses.asdict(config),
-        "answers_of_earlier_runs": sum(outcome.reused for outcome in outcomes),
+        "answers": {
+            each.attention: {
+                "of_earlier_runs": each.reused,
+                "new": len(each.predictions) - each.reused,
+                "seconds": each.seconds,
+            }
+            for each in outcomes
+        },
         **machine.facts(torch.device(place)),
     }
     return questions, outcomes, facts
 
 
-def _print_reused(options: argparse.Namespace, facts: dict[str, Any]) -> None:
-    if facts["answers_of_earlier_runs"]:
-        print(f"{facts['answers_of_earlier_runs']} answers of an earlier run, from {options.out}")
+def _print_answers(options: argparse.Namespace, facts: dict[str, Any]) -> None:
+    for attention, counts in facts["answers"].items():
+        print(
+            f"{attention}: {counts['new']} answers in {counts['seconds']:.0f} s, "
+            f"{counts['of_earlier_runs']} of earlier runs, all in {options.out}"
+        )
 
 
 def _chosen_tasks(text: str, allowed: Sequence[str]) -> list[str]:
@@ -664,7 +674,7 @@ def _ruler(options: argparse.Namespace) -> None:
     )
     for line in ruler.summary(rows):
         print(line)
-    _print_reused(options, facts)
+    _print_answers(options, facts)
     _write_json(options.json, {"seed": options.seed, **facts, "results": rows})
     if options.plot is not None:
         ruler.draw(rows, options.plot)
@@ -717,7 +727,7 @@ def _longbench(options: argparse.Namespace) -> None:
         f"{facts['machine']}, per cent",
         longbench.table(rows),
     )
-    _print_reused(options, facts)
+    _print_answers(options, facts)
     _write_json(options.json, {**facts, "context": options.context, "results": rows})
 
 
