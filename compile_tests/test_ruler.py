@@ -381,20 +381,34 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("attention", ["dense", "retro"])
 @pytest.mark.usefixtures("chunks")
-def test_batches_answer_as_single_prompts_do(attention: str, model: Any, tokenizer: Any) -> None:
-    """Padded, with the prompt in pieces, and with rows to spare; retro reads all clusters."""
+def test_batches_answer_as_single_prompts_do(
+    attention: str, device: str, model: Any, tokenizer: Any
+) -> None:
+    """Padded, with the prompt in pieces, and with rows to spare; retro reads all clusters, and its
+    step is compiled once on a GPU, as the commands do it."""
     questions = random_prompts(5)
     config = RetroConfig(
         local_tokens=16, cluster_size=8, segment_size=64, update_segment=32, retrieval_budget=1.0
     )
-    model.set_attn_implementation("sdpa")
+    own = copy.deepcopy(model).to(device)
+    own.set_attn_implementation("sdpa")
     expected = []
     for question in questions:
-        ids = question.ids[None].long()
-        out = model.generate(ids, max_new_tokens=12, do_sample=False)
+        ids = question.ids[None].long().to(device)
+        out = own.generate(ids, max_new_tokens=12, do_sample=False)
         expected.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-    answerer = Answerer(model, tokenizer, attention, batch_size=3, max_length=400, config=config)
-    answers = answerer.answer(questions[:3]) + answerer.answer(questions[3:])
+    answerer = Answerer(
+        own,
+        tokenizer,
+        attention,
+        batch_size=3,
+        max_length=400,
+        config=config,
+        compile_step=device == "cuda",
+    )
+    answers = answerer.answer(questions[:3])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        answers += answerer.answer(questions[3:])
     assert answers == expected
     assert len(set(answers)) == 5
 
