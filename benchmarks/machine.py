@@ -24,7 +24,7 @@ def facts(device: torch.device) -> dict[str, str]:
         "kernels": torch.ops.retro.cpu_kernels("") if device.type == "cpu" else "cuda",
         "torch": torch.__version__,
         "retro_ops": retro_ops.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
 
@@ -49,7 +49,7 @@ def copy_gb_per_s(device: torch.device) -> float:
     return 2 * COPY_BYTES / timing.median_us / 1e3
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the checkout, with + if it has changes; empty outside a checkout."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():

@@ -29,11 +29,16 @@ OPTIONAL = {
     "accelerate",
     "flash_attn",
     "gguf",
+    "huggingface_hub",
     "hypothesis",
+    "jieba",
     "matplotlib",
+    "rapidfuzz",
     "rich",
+    "rouge",
     "transformers",
     "triton",
+    "wonderwords",
 }
 
 
@@ -117,6 +122,7 @@ def test_hard_dependencies_are_torch_and_numpy(metadata: Message) -> None:
         "models",
         "triton",
         "flash",
+        "eval",
         "plot",
         "dev",
     }

@@ -73,7 +73,7 @@ SENTENCES = (
     "From the tower one could see {weather} over {town} and a {animal} by the {place}.",
 )
 
-_LISTS = {
+LISTS = {
     name: [word.replace("-", " ") for word in (words.split("|") if "|" in words else words.split())]
     for name, words in WORDS.items()
 }
@@ -85,7 +85,7 @@ def prose(seed: int) -> Callable[[], str]:
 
     def fill(match: re.Match[str]) -> str:
         name, _, style = match[1].partition(":")
-        word = random_.choice(_LISTS[name])
+        word = random_.choice(LISTS[name])
         return word[0].upper() + word[1:] if style == "cap" else word
 
     def paragraph() -> str:
@@ -108,9 +108,9 @@ class Needle(NamedTuple):
 def make_needle(seed: int) -> Needle:
     """A fact about a number that no prose contains; another one for each seed."""
     random_ = random.Random(seed)
-    owner = f"{random_.choice(_LISTS['name'])} {random_.choice(_LISTS['family'])}"
+    owner = f"{random_.choice(LISTS['name'])} {random_.choice(LISTS['family'])}"
     number = str(random_.randint(10000, 99999))
-    subject = f"The secret number of {owner} from {random_.choice(_LISTS['town'])}"
+    subject = f"The secret number of {owner} from {random_.choice(LISTS['town'])}"
     return Needle(
         fact=f"{subject} is {number}. Remember it.",
         question=f"{subject} is",

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # Headings of columns of words.
-LEFT = ("attention", "dtype", "keys", "shape", "trace", "policy")
+LEFT = ("task", "group", "metric", "attention", "dtype", "keys", "shape", "trace", "policy")
 ATTENTIONS = ("dense", "retro")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_demo(commands)
     _add_export(commands)
     _add_bench(commands)
+    _add_ruler(commands)
+    _add_longbench(commands)
     _add_info(commands)
     options = parser.parse_args(arguments)
     try:
@@ -102,6 +105,11 @@ def fractions(text: str) -> list[float]:
             raise argparse.ArgumentTypeError(f"must be numbers in 0..1, got {part!r}")
         parsed.append(value)
     return parsed
+
+
+def dtype_name(text: str) -> str:
+    """A parser of dtypes by their full or short names; argparse refuses others."""
+    return SHORT_DTYPES.get(text, text)
 
 
 def device(text: str) -> str:
@@ -178,7 +186,10 @@ def _add_demo(commands: Any) -> None:
     )
     parser.add_argument("--max-new-tokens", type=number(2), default=16, help="text models")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the model (float32 on a CPU, else bfloat16)"
+        "--dtype",
+        type=dtype_name,
+        choices=DTYPES,
+        help="of the model (float32 on a CPU, else bfloat16)",
     )
     parser.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
     parser.add_argument(
@@ -282,7 +293,10 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("--batch-size", type=number(1), default=1, help="rows; no other number")
     parser.add_argument("--out", type=package_file, default="model.pt2", metavar="FILE")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the model (float32 on a CPU, else bfloat16)"
+        "--dtype",
+        type=dtype_name,
+        choices=DTYPES,
+        help="of the model (float32 on a CPU, else bfloat16)",
     )
     parser.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
@@ -532,6 +546,213 @@ def _shown(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _add_evaluation(parser: Parser, out: str) -> None:
+    """What `ruler` and `longbench` have in common."""
+    parser.add_argument("--model", required=True, help="gemma, a directory, or a model of the hub")
+    parser.add_argument("--attention", type=names(ATTENTIONS), default="dense,retro")
+    parser.add_argument("--batch-size", type=number(1), default=1, help="prompts at once")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="put prompts into the model's chat template (if it has one)",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=dtype_name,
+        choices=DTYPES,
+        help="of the model (float32 on a CPU, else bfloat16)",
+    )
+    parser.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile retro's decode step into one graph (on a GPU)",
+    )
+    parser.add_argument(
+        "--out",
+        type=new_file,
+        default=out,
+        metavar="FILE.jsonl",
+        help="every answer as soon as it is there; a run that was cut off goes on from it",
+    )
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
+    _add_budgets(parser)
+
+
+def _ask(
+    options: argparse.Namespace,
+    make_questions: Callable[[Any], list[Any]],
+    progress: Callable[[str, int, int], None],
+) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    """Questions for a tokenizer, what each attention answered, and what that was done with.
+
+    Args:
+        make_questions: of the form of prompts.
+    """
+    from retro_ops.benchmarks import evaluation, machine
+    from retro_ops.models import load_model, load_tokenizer
+
+    config = _budgets(options)
+    place = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = options.dtype or ("float32" if place == "cpu" else "bfloat16")
+    records = evaluation.Records(options.out)
+    if records.dropped:
+        print(f"{options.out}: took away an unfinished line", file=sys.stderr)
+    tokenizer = load_tokenizer(options.model)
+    form = evaluation.PromptForm(tokenizer, options.chat)
+    questions = make_questions(form)
+    outcomes = evaluation.ask(
+        lambda: load_model(options.model, dtype=DTYPES[name], device=place),
+        tokenizer,
+        questions,
+        name=options.model,
+        dtype=name,
+        attentions=options.attention,
+        batch_size=options.batch_size,
+        config=config,
+        compile_step=place.startswith("cuda") if options.compile is None else options.compile,
+        records=records,
+        progress=progress,
+    )
+    facts = {
+        "model": options.model,
+        "chat": form.chat,
+        "dtype": name,
+        "config": dataclasses.asdict(config),
+        "answers": {
+            each.attention: {
+                "of_earlier_runs": each.reused,
+                "new": len(each.predictions) - each.reused,
+                "seconds": each.seconds,
+            }
+            for each in outcomes
+        },
+        **machine.facts(torch.device(place)),
+    }
+    return questions, outcomes, facts
+
+
+def _print_answers(options: argparse.Namespace, facts: dict[str, Any]) -> None:
+    for attention, counts in facts["answers"].items():
+        print(
+            f"{attention}: {counts['new']} answers in {counts['seconds']:.0f} s, "
+            f"{counts['of_earlier_runs']} of earlier runs, all in {options.out}"
+        )
+
+
+def _chosen_tasks(text: str, allowed: Sequence[str]) -> list[str]:
+    """Names of tasks, or all; only the command knows which there are."""
+    if text == "all":
+        return list(allowed)
+    try:
+        return names(allowed)(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--tasks {error}") from error
+
+
+def _add_ruler(commands: Any) -> None:
+    parser = _command(
+        commands, "ruler", _ruler, "Score a model on the 13 tasks of RULER, dense and retro."
+    )
+    parser.add_argument("--context", type=numbers, default="4096", help="tokens, with the answer")
+    parser.add_argument("--tasks", default="all", help="names with commas")
+    parser.add_argument("--samples", type=number(1), default=25, help="of each task and length")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument(
+        "--essays", type=Path, metavar="DIR", help="*.txt to hide facts in (generated prose)"
+    )
+    parser.add_argument("--squad", type=Path, metavar="FILE", help="for qa_1 (made-up facts)")
+    parser.add_argument("--hotpotqa", type=Path, metavar="FILE", help="for qa_2 (made-up facts)")
+    parser.add_argument("--plot", type=new_file, metavar="FILE.png", help="draw a heat map")
+    _add_evaluation(parser, "ruler.jsonl")
+
+
+def _ruler(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import ruler
+    from retro_ops.benchmarks.ruler_tasks import TASKS
+
+    tasks = _chosen_tasks(options.tasks, list(TASKS))
+    with _progress() as progress:
+
+        def make_questions(form: Any) -> list[Any]:
+            return ruler.make_questions(
+                form,
+                tasks=tasks,
+                lengths=sorted(set(options.context)),
+                samples=options.samples,
+                seed=options.seed,
+                essays=options.essays,
+                squad=options.squad,
+                hotpotqa=options.hotpotqa,
+                progress=progress,
+            )
+
+        questions, outcomes, facts = _ask(options, make_questions, progress)
+    rows = ruler.results(questions, outcomes)
+    _print_table(
+        f"RULER, {options.model}, {options.samples} samples a task, {facts['dtype']}, "
+        f"{facts['machine']}, per cent",
+        ruler.table(rows),
+    )
+    for line in ruler.summary(rows):
+        print(line)
+    _print_answers(options, facts)
+    _write_json(options.json, {"seed": options.seed, **facts, "results": rows})
+    if options.plot is not None:
+        ruler.draw(rows, options.plot)
+
+
+def _add_longbench(commands: Any) -> None:
+    parser = _command(
+        commands, "longbench", _longbench, "Score a model on the 21 tasks of LongBench, version 1."
+    )
+    parser.add_argument(
+        "--data",
+        default="hub",
+        help="a directory with TASK.jsonl, the published data.zip, or hub, which downloads that",
+    )
+    parser.add_argument("--tasks", default="all", help="names with commas, or en, or zh")
+    parser.add_argument("--samples", type=number(1), help="of each task, the first ones (all)")
+    parser.add_argument(
+        "--context",
+        type=number(1),
+        default=8192,
+        help="tokens, with the answer; the middle of longer prompts is left out",
+    )
+    _add_evaluation(parser, "longbench.jsonl")
+
+
+def _longbench(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import longbench
+    from retro_ops.benchmarks.longbench_tasks import TASKS
+
+    if options.tasks in ("en", "zh"):
+        tasks = [name for name, task in TASKS.items() if task.language == options.tasks]
+    else:
+        tasks = _chosen_tasks(options.tasks, list(TASKS))
+    samples = longbench.read_samples(options.data, tasks)
+    with _progress() as progress:
+
+        def make_questions(form: Any) -> list[Any]:
+            return longbench.make_questions(
+                form,
+                samples,
+                length=options.context,
+                most=options.samples,
+                progress=progress,
+            )
+
+        questions, outcomes, facts = _ask(options, make_questions, progress)
+    rows = longbench.results(questions, outcomes)
+    _print_table(
+        f"LongBench, {options.model}, {options.context:,} tokens, {facts['dtype']}, "
+        f"{facts['machine']}, per cent",
+        longbench.table(rows),
+    )
+    _print_answers(options, facts)
+    _write_json(options.json, {**facts, "context": options.context, "results": rows})
 
 
 def _add_info(commands: Any) -> None:
