@@ -187,8 +187,10 @@ def retro_mask(
         # `sdpa_mask` decides by the offset, which would wait for the device and break the graph.
         if kwargs.get("use_vmap"):
             raise ValueError(OTHER_MASK)
+        # Where the inputs are, which the layer need not be.
+        first = kv_offset.to(kwargs.get("device", kv_offset.device))
         return _window_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask
+            batch_size, q_length, kv_length, q_offset, first, mask_function, attention_mask
         )
     if kv_length != 0:
         return sdpa_mask(

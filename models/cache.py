@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -754,7 +755,7 @@ class RetroCache(Cache):
         *,
         max_cache_len: int | None = None,
         offload: bool | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | Sequence[torch.device | str] = "cpu",
     ) -> RetroCache:
         """The cache that `save` wrote; generation goes on with the same tokens.
 
@@ -765,18 +766,21 @@ class RetroCache(Cache):
             max_cache_len: tokens that a row can hold; None: as it was. It may be larger, or smaller
                 if the tokens still fit.
             offload: as in `RetroCache`; None: as it was.
-            device: where the cache is to live.
+            device: where the cache is to live; or one for each layer of the model, as
+                `retro_ops.models.load.layer_devices` gives them.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is no cache, or one of another format version, model or
-                `retro_config`, or its tokens do not fit `max_cache_len`.
+                `retro_config`, or its tokens do not fit `max_cache_len`, or there are more or fewer
+                devices than layers.
         """
         path = Path(path)
+        one = isinstance(device, (torch.device, str))
         if not path.is_file():
             raise FileNotFoundError(f"RetroCache.load: no file {str(path)!r}")
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt", device=str(device) if one else "cpu") as file:
                 header = json.loads((file.metadata() or {}).get("header", "null"))
                 _check_header(path, header, config, retro_config)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -792,10 +796,16 @@ class RetroCache(Cache):
             batch_size=header["batch_size"],
             offload=header["offload"] if offload is None else offload,
         )
-        for index, layer in enumerate(cache.layers):
+        places = [device] * len(cache.layers) if one else list(device)
+        if len(places) != len(cache.layers):
+            raise ValueError(
+                f"RetroCache.load: device must be one, or one for each of the {len(cache.layers)} "
+                f"layers, got {len(places)}"
+            )
+        for index, (layer, place) in enumerate(zip(cache.layers, places, strict=True)):
             prefix = f"{index}."
             own = {
-                name.removeprefix(prefix): tensor
+                name.removeprefix(prefix): tensor.to(place)
                 for name, tensor in tensors.items()
                 if name.startswith(prefix)
             }
