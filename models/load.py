@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -107,6 +109,9 @@ def load_model(
     except OSError as error:
         raise _no_model(name) from error
     rope.without_switch(model)
+    places = getattr(model, "hf_device_map", {})
+    if len(set(places.values())) > 1 and not any(each.is_meta for each in model.parameters()):
+        move_between(model, places)
     return (model if device is None else model.to(device)).eval()
 
 
@@ -135,6 +140,38 @@ def prepare(
     length = context or rope.longest_context(config)
     if length is not None and (attention == NAME or context is not None):
         rope.fix(config, length)
+
+
+def move_between(model: nn.Module, places: Mapping[str, Any]) -> None:
+    """Has each part of a model take its inputs to where its weights are.
+
+    As accelerate's hooks do, which it replaces; those are not for compiled code: a step would have
+    a graph for each layer.
+
+    Args:
+        model: its weights are where they stay.
+        places: device of each part, by the name of its module: transformers' `hf_device_map`.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    remove_hook_from_module(model, recurse=True)
+    for name, place in places.items():
+        module, device = model.get_submodule(name), torch.device(place)
+
+        def move(
+            module: nn.Module, inputs: Any, named: dict[str, Any], device: torch.device = device
+        ) -> tuple[Any, dict[str, Any]]:
+            def there(value: Any) -> Any:
+                return value.to(device) if isinstance(value, torch.Tensor) else value
+
+            # A cache is no input to move: its layers are where they are.
+            moved = {
+                key: value if isinstance(value, Cache) else tree_map(there, value)
+                for key, value in named.items()
+            }
+            return tree_map(there, inputs), moved
+
+        module.register_forward_pre_hook(move, with_kwargs=True)
 
 
 def layer_devices(model: nn.Module) -> list[torch.device]:

@@ -101,7 +101,7 @@ def override(config: PreTrainedConfig, rope_parameters: Mapping[str, Any]) -> No
             text_config.max_position_embeddings = max(
                 text_config.max_position_embeddings, round(factor * before)
             )
-    text_config.rope_parameters = current[None] if None in current else current
+    text_config.rope_parameters = current.get(None, current)
     try:
         text_config.validate_rope()
     except (KeyError, TypeError, ValueError) as error:
@@ -139,12 +139,10 @@ def why_not_fixed(config: PreTrainedConfig, context: int) -> str | None:
     for _, own in scalings(text_config):
         if own["rope_type"] == "dynamic" and context > text_config.max_position_embeddings:
             return "its dynamic rotary embedding has other frequencies at every length"
-        if own["rope_type"] == "longrope" and own["short_factor"] != own["long_factor"]:
-            if context > own["original_max_position_embeddings"]:
-                return (
-                    "its LongRoPE embedding switches frequencies after "
-                    f"{own['original_max_position_embeddings']} tokens"
-                )
+        switch = own.get("original_max_position_embeddings", NEVER)
+        differ = own["rope_type"] == "longrope" and own["short_factor"] != own["long_factor"]
+        if differ and context > switch:
+            return f"its LongRoPE embedding switches frequencies after {switch} tokens"
         switches = own["rope_type"] not in ("yarn", "llama3")
     # transformers' models with this field begin anew when a prompt is longer, without the cache.
     switch = getattr(text_config, "original_max_position_embeddings", NEVER)
