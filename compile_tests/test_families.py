@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -484,6 +485,22 @@ def test_a_second_turn_with_sinks() -> None:
     assert_tokens_of(generate_dense(model, ids, attention_mask=mask), retro)
 
 
+def test_a_compiled_prompt_with_sinks() -> None:
+    """Of any length, padded, in one graph."""
+    model = make_model("gpt-oss")
+    step = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for tokens, starts in ((90, [0, 20]), (70, [3, 0])):
+        ids, mask = padded(make_prompt(2, tokens), starts)
+        cache = make_cache(model, 2)
+        cache.early_initialization(2, 1, 64, torch.float32, torch.device("cpu"))
+        with torch.no_grad():
+            retro = step(ids, attention_mask=mask, past_key_values=cache).logits
+            expected = model(ids, attention_mask=mask).logits
+        real = mask.bool()
+        torch.testing.assert_close(retro[real], expected[real], rtol=1e-4, atol=1e-4)
+    assert graphs() == 1
+
+
 # Rotary embeddings
 
 
@@ -721,6 +738,23 @@ def test_refuses_what_a_prefill_must_not_return() -> None:
     with pytest.raises(ValueError, match="prefill_attention must return") as error:
         model(make_prompt(1, 9), past_key_values=make_cache(model, prefill_attention=wrong))
     one_line(error, "[1, 4, 9, 128] of torch.float32, got [1, 9, 4, 128] of torch.float32")
+
+
+def test_the_document_runs() -> None:
+    """All of it that needs no model of the hub."""
+    text = (ROOT / "docs/models.md").read_text("utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    here = [snippet for snippet in snippets if "Qwen/" not in snippet]
+    assert len(snippets) - len(here) == 2
+    assert len(here) == 3
+    names: dict[str, Any] = {}
+    for snippet in here:
+        exec(snippet, names)
+        model = names["model"].to("cpu")
+        with torch.no_grad():
+            out = model(make_prompt(1, 100), past_key_values=names["cache"])
+            expected = model(make_prompt(1, 100))
+        torch.testing.assert_close(out.logits, expected.logits)
 
 
 # Refusals

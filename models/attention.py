@@ -70,6 +70,7 @@ def retro_attention(
             )
     sinks = kwargs.pop("s_aux", None)
     if not isinstance(key, RetroTokens):
+        assert not isinstance(value, RetroTokens)  # a cache returns both or neither
         out = attention(
             query,
             key,

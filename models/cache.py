@@ -616,7 +616,7 @@ class RetroCache(Cache):
                 f"{reason}; load it with retro_ops.models.load_model(..., context={max_cache_len})"
             )
         text_config = config.get_text_config(decoder=True)
-        window = getattr(text_config, "sliding_window", None)
+        window: int = getattr(text_config, "sliding_window", None) or 0
         # Some models have a window that none of their contexts fills: their layers see all tokens.
         longest = max(rope.longest_context(config) or max_cache_len, max_cache_len)
         layers: list[Any] = []
@@ -776,11 +776,11 @@ class RetroCache(Cache):
                 devices than layers.
         """
         path = Path(path)
-        one = isinstance(device, (torch.device, str))
+        first = str(device) if isinstance(device, (torch.device, str)) else "cpu"
         if not path.is_file():
             raise FileNotFoundError(f"RetroCache.load: no file {str(path)!r}")
         try:
-            with safe_open(path, framework="pt", device=str(device) if one else "cpu") as file:
+            with safe_open(path, framework="pt", device=first) as file:
                 header = json.loads((file.metadata() or {}).get("header", "null"))
                 _check_header(path, header, config, retro_config)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -796,7 +796,11 @@ class RetroCache(Cache):
             batch_size=header["batch_size"],
             offload=header["offload"] if offload is None else offload,
         )
-        places = [device] * len(cache.layers) if one else list(device)
+        places = (
+            [device] * len(cache.layers)
+            if isinstance(device, (torch.device, str))
+            else list(device)
+        )
         if len(places) != len(cache.layers):
             raise ValueError(
                 f"RetroCache.load: device must be one, or one for each of the {len(cache.layers)} "

@@ -95,6 +95,7 @@ def load_model(
     except OSError as error:
         raise _no_model(name) from error
     prepare(config, attention=attention, context=context, rope_parameters=rope_parameters)
+    # All that a memory plan depends on is known here, and no weight has been read.
     if device is None and device_map is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -90,7 +90,7 @@ def override(config: PreTrainedConfig, rope_parameters: Mapping[str, Any]) -> No
         if kind not in current or not isinstance(own, Mapping):
             raise ValueError(
                 f"rope_parameters of {type(config).__name__} are given by layer type "
-                f"({', '.join(current)}), got {kind!r}: {own!r}"
+                f"({', '.join(map(str, current))}), got {kind!r}: {own!r}"
             )
         current[kind] = _scaling(text_config, current[kind], own)
     limit = text_config.max_position_embeddings

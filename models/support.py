@@ -106,6 +106,8 @@ def check_model(config: PreTrainedConfig) -> list[str]:
                 f"RetroCache: layer {index} of {name} is of type {kind!r}; "
                 "only full_attention and sliding_attention layers are supported"
             )
+    if "sliding_attention" in layer_types and not getattr(text_config, "sliding_window", None):
+        raise ValueError(f"RetroCache: {name} has sliding-window layers, but no sliding_window")
     model_class = _model_class(config)
     if model_class is not None and model_class._is_stateful:
         raise ValueError(
