@@ -58,8 +58,8 @@ def check_context(config: PreTrainedConfig, context: int) -> None:
     limit = longest_context(config)
     if limit is not None and context > limit:
         raise ValueError(
-            f"a context of {context} tokens exceeds the {limit} that {type(config).__name__} reads "
-            "(max_position_embeddings); ask for less, or stretch it with rope_parameters="
+            f"a context of {context} tokens exceeds the {limit} that the model reads "
+            f"({type(config).__name__}); ask for less, or stretch it with rope_parameters="
             f"{{'rope_type': 'yarn', 'factor': {-(-context // limit)}.0}} if the model was made "
             "for that"
         )
