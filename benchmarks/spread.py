@@ -1,4 +1,4 @@
-"""A model of random weights on one GPU and spread over several: time, and what handing over costs."""
+"""A model of random weights on one GPU and spread over several: time, and the cost of a hand-over."""
 
 from __future__ import annotations
 

@@ -27,7 +27,6 @@ from transformers import (
     Gemma2Config,
     Gemma3nTextConfig,
     Gemma3TextConfig,
-    GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -760,15 +759,9 @@ def test_backward_raises() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "sinks": (
-        lambda: GptOssConfig(
-            **BASE, num_local_experts=2, num_experts_per_tok=1, rope_parameters={"rope_theta": 1e4}
-        ),
-        "does not support attention sinks (GptOssAttention)",
-    ),
     "soft-capping": (
         lambda: Gemma2Config(**BASE, sliding_window=24),
-        "does not support soft-capped logits (Gemma2Attention)",
+        "does not support soft-capped logits, which Gemma2Config asks for (attn_logit_softcapping",
     ),
     "bidirectional": (
         lambda: LlamaConfig(**BASE, is_causal=False),
@@ -809,11 +802,12 @@ def test_refuses_shared_layers() -> None:
     one_line(error, "num_kv_shared_layers=15")
 
 
-def test_refuses_models_with_sinks_without_a_retro_cache_too() -> None:
-    """`sdpa` would leave the sinks out without a word."""
-    model = make_model("sinks", config=REFUSED["sinks"][0]())
-    with pytest.raises(ValueError, match="does not support attention sinks"):
+def test_refuses_soft_capping_without_a_retro_cache_too() -> None:
+    """`sdpa` would leave it out without a word."""
+    model = make_model("soft-capping", config=REFUSED["soft-capping"][0]())
+    with pytest.raises(ValueError, match="does not support soft-capped logits") as error:
         model(make_prompt(1, 30))
+    one_line(error, "Gemma2Attention")
 
 
 # Loading

@@ -351,6 +351,7 @@ def test_room_rules_allow(module: str, source: str, tmp_path: Path) -> None:
         "README.md",
         "CONTRIBUTING.md",
         "docs/export.md",
+        "docs/models.md",
         "docs/performance.md",
         "docs/wave_buffer.md",
     ],

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     causal_mask_function,
     sdpa_mask,
@@ -16,11 +15,12 @@ from transformers.masking_utils import (
 )
 
 from retro_ops.models.cache import LayerOffset, RetroTokens, SlidingCacheLayer
+from retro_ops.models.prefill import attend_to_prompt, attention
 
 NAME = "retro"
-# Arguments that change what attention means, and what they stand for.
-UNSUPPORTED = {"s_aux": "attention sinks", "softcap": "soft-capped logits"}
-# `sdpa` gets these, or the mask has them.
+# Arguments that change what attention means, and what they stand for; `sdpa` gets the latter three,
+# or the mask has them.
+UNSUPPORTED = {"softcap": "soft-capped logits"}
 UNSUPPORTED_WITH_CACHE = {
     "position_bias": "a position bias",
     "indices": "a choice of tokens by the model",
@@ -53,12 +53,13 @@ def retro_attention(
         attention_mask: what `retro_mask` returned.
         dropout: for `sdpa` only.
         scaling: factor on q . k; None: 1 / sqrt(D).
+        **kwargs: `s_aux` `[Hq]`: attention sinks; others are checked, or for `sdpa`.
 
     Returns:
         `[B, T, Hq, D]`, and None for the attention weights.
 
     Raises:
-        ValueError: the layer needs attention sinks, soft-capping, attention to later tokens,
+        ValueError: the layer needs soft-capping, attention to later tokens,
             another window than its cache has or another mask than one for left padding.
     """
     for name, what in UNSUPPORTED.items():
@@ -67,10 +68,21 @@ def retro_attention(
                 f"retro attention does not support {what} ({type(module).__name__}); "
                 "load the model with attn_implementation='eager'"
             )
+    sinks = kwargs.pop("s_aux", None)
     if not isinstance(key, RetroTokens):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        assert not isinstance(value, RetroTokens)  # a cache returns both or neither
+        out = attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            scale=scaling,
+            sinks=sinks,
+            module=module,
+            dropout=dropout,
+            **kwargs,
         )
+        return out, None
     for name, what in UNSUPPORTED_WITH_CACHE.items():
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -87,19 +99,22 @@ def retro_attention(
             f"{list(attention_mask.shape)}"
         )
     layer, tokens = key.layer, query.shape[2]
-    window = layer.sliding_window if isinstance(layer, SlidingCacheLayer) else None
     asked = kwargs.get("sliding_window")
-    if asked is not None and asked != window:
-        has = "attends to all tokens" if window is None else f"has one of {window}"
+    if asked is not None and asked != layer.sliding_window:
+        has = (
+            "attends to all tokens"
+            if layer.sliding_window is None
+            else f"has one of {layer.sliding_window}"
+        )
         raise ValueError(
             f"RetroCache: {type(module).__name__} asks for a sliding window of {asked} tokens "
             f"where the layer of the cache {has}; use a DynamicCache"
         )
     if not isinstance(layer, SlidingCacheLayer) and (tokens == 1 or layer.is_filled):
         if tokens == 1:
-            out = layer.decode(query, key.keys, key.values, scaling)
+            out = layer.decode(query, key.keys, key.values, scaling, sinks)
         else:
-            out = layer.extend(query, key.keys, key.values, attention_mask, scaling)
+            out = layer.extend(query, key.keys, key.values, attention_mask, scaling, sinks)
         return out.transpose(1, 2).contiguous(), None
     if attention_mask is not None and attention_mask.shape[1] == 0:
         raise ValueError(OTHER_MASK)  # see `retro_mask`
@@ -108,13 +123,39 @@ def retro_attention(
             f"RetroCache: the attention_mask of a prompt of {tokens} tokens must have as many, "
             f"got {list(attention_mask.shape)}"
         )
+    window = None
     if isinstance(layer, SlidingCacheLayer):
         layer.prefill(key.keys, key.values)
+        window = layer.sliding_window
     else:
         starts = None if attention_mask is None else attention_mask.int().argmax(dim=1)
         layer.prefill(key.keys, key.values, starts)
-    out = _attend_to_prompt(
-        module, query, key.keys, key.values, attention_mask, scaling, window=window
+        if layer.prefill_attention is not None:
+            plugged = layer.prefill_attention(
+                query,
+                key.keys,
+                key.values,
+                scale=query.shape[3] ** -0.5 if scaling is None else scaling,
+                starts=starts,
+                sinks=sinks,
+                layer_idx=module.layer_idx,  # type: ignore[arg-type]  # an attribute, no module
+            )
+            if plugged.shape != query.shape or plugged.dtype != query.dtype:
+                raise ValueError(
+                    f"RetroCache: prefill_attention must return [B, Hq, T, D] = "
+                    f"{list(query.shape)} of {query.dtype}, got {list(plugged.shape)} of "
+                    f"{plugged.dtype}"
+                )
+            return plugged.transpose(1, 2).contiguous(), None
+    out = attend_to_prompt(
+        module,
+        query,
+        key.keys,
+        key.values,
+        attention_mask,
+        scale=scaling,
+        sinks=sinks,
+        window=window,
     )
     return out, None
 
@@ -147,8 +188,10 @@ def retro_mask(
         # `sdpa_mask` decides by the offset, which would wait for the device and break the graph.
         if kwargs.get("use_vmap"):
             raise ValueError(OTHER_MASK)
+        # Where the inputs are, which the layer need not be.
+        first = kv_offset.to(kwargs.get("device", kv_offset.device))
         return _window_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask
+            batch_size, q_length, kv_length, q_offset, first, mask_function, attention_mask
         )
     if kv_length != 0:
         return sdpa_mask(
@@ -168,7 +211,9 @@ def retro_mask(
     if kv_offset < 0 and torch.compiler.is_compiling():
         # Functions cannot be looked into here; transformers drops the permission to use
         # `is_causal` as soon as anything is added to a mask.
-        plain = kwargs.get("local_size") == -kv_offset and kwargs.get("allow_is_causal_skip")
+        plain = kwargs.get("local_size") == -kv_offset and (
+            kwargs.get("allow_is_causal_skip") or (q_length == 1 and not kwargs.get("use_vmap"))
+        )
     elif kv_offset < 0:
         plain = _is_same(mask_function, sliding_window_causal_mask_function(-kv_offset))
     else:
@@ -236,117 +281,3 @@ def _is_same(one: Any, other: Any) -> bool:
         )
         return one.__code__ is other.__code__ and _is_same(inside, expected)
     return one is other
-
-
-def _attend_to_prompt(
-    module: nn.Module,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    padding: Tensor | None,
-    scaling: float | None,
-    *,
-    window: int | None,
-) -> Tensor:
-    tokens = query.shape[2]
-    if torch.compiler.is_compiling():
-        if window is not None:
-            return _attend_in_windows(module, query, keys, values, padding, scaling, window)
-        if padding is None:
-            return sdpa_attention_forward(module, query, keys, values, None, scaling=scaling)[0]
-        # For one graph of all lengths.
-        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-        mask = mask & padding[:, None, None, :]
-        return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)[0]
-    band = None
-    if window is not None and tokens > window:
-        # Query i of a piece and key j, with one window before the piece: i < j <= i + window.
-        band = torch.ones(window, 2 * window, dtype=torch.bool, device=query.device)
-        band = band.tril(window).triu(1)
-    if padding is None:
-        return _attend_in_pieces(module, query, keys, values, band, scaling)
-    # Row by row, without the padding: no mask of T x T, and the kernel for causal attention.
-    out = query.new_zeros(query.shape[0], tokens, query.shape[1], values.shape[3])
-    for row, start in enumerate(padding.int().argmax(dim=1).tolist()):
-        own = (slice(row, row + 1), slice(None), slice(start, None))
-        out[row, start:] = _attend_in_pieces(
-            module, query[own], keys[own], values[own], band, scaling
-        )[0]
-    return out
-
-
-def _attend_in_windows(
-    module: nn.Module,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    padding: Tensor | None,
-    scaling: float | None,
-    window: int,
-) -> Tensor:
-    """The same as `_attend_in_pieces` with a band, in one graph of all lengths.
-
-    All pieces at once, as rows of a batch: `[B * pieces, heads, W, D]`.
-    """
-    rows, _, tokens, _ = query.shape
-    # At least two, and padding behind: a graph of all lengths has no place for special cases.
-    pieces = tokens // window + 2
-    behind = pieces * window - tokens
-
-    def piece(tensor: Tensor) -> Tensor:  # [B, heads, pieces * W, any] -> [B * pieces, ...]
-        split = tensor.unflatten(2, (pieces, window)).transpose(1, 2)
-        return split.flatten(0, 1)
-
-    def with_past(tensor: Tensor) -> Tensor:  # each piece behind the one before it
-        whole = nn.functional.pad(tensor, (0, 0, window, behind))
-        return torch.cat((piece(whole[:, :, :-window]), piece(whole[:, :, window:])), dim=2)
-
-    # Query i of a piece and key j, with one window before the piece: i < j <= i + window.
-    i = torch.arange(window, device=query.device)[:, None]
-    j = torch.arange(2 * window, device=query.device)
-    real = torch.ones(rows, tokens, dtype=torch.bool, device=query.device)
-    real = real if padding is None else real & padding
-    mask = with_past(real[:, None, :, None]).transpose(2, 3)  # [B * pieces, 1, 1, 2 W]
-    mask = mask & (i < j) & (j <= i + window)
-    out, _ = sdpa_attention_forward(
-        module,
-        piece(nn.functional.pad(query, (0, 0, 0, behind))),
-        with_past(keys),
-        with_past(values),
-        mask,
-        scaling=scaling,
-    )
-    return out.unflatten(0, (rows, pieces)).flatten(1, 2)[:, :tokens]
-
-
-def _attend_in_pieces(
-    module: nn.Module,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    band: Tensor | None,
-    scaling: float | None,
-) -> Tensor:
-    """Causal attention; with a band `[W, 2 W]`, of a window's length of queries at a time.
-
-    Their keys are at most the window before them and themselves, so the cost is linear in T.
-    """
-    tokens = query.shape[2]
-    window = tokens if band is None else band.shape[0]
-    outs = []
-    for first in range(0, tokens, window):
-        here = slice(first, first + window)
-        seen = slice(max(first - window, 0), first + window)
-        # The first piece has nothing before it: plain causal attention.
-        mask = None if first == 0 or band is None else band[: tokens - first, : tokens - seen.start]
-        outs.append(
-            sdpa_attention_forward(
-                module,
-                query[:, :, here],
-                keys[:, :, seen],
-                values[:, :, seen],
-                mask,
-                scaling=scaling,
-            )[0]
-        )
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from retro_ops import RetroConfig, RetroLayer
+from retro_ops.models import rope
+from retro_ops.models.prefill import PrefillAttention
+from retro_ops.models.support import check_model
 
 FORMAT = "retro_cache"
 FORMAT_VERSION = 1
@@ -39,7 +43,7 @@ MODEL_FIELDS = (
 
 
 class LayerOffset(int):
-    """The number 0, where transformers expects the position of a layer's first key.
+    """A number where transformers expects the position of a layer's first key.
 
     It reaches the mask function `retro`, which asks the layer whether it can take a turn, before
     any layer has changed.
@@ -48,9 +52,9 @@ class LayerOffset(int):
     layer: RetroCacheLayer
 
     @classmethod
-    def of(cls, layer: RetroCacheLayer) -> LayerOffset:
-        """The one of `layer`."""
-        offset = cls(0)
+    def of(cls, layer: RetroCacheLayer, value: int) -> LayerOffset:
+        """The number `value`, of `layer`."""
+        offset = cls(value)
         offset.layer = layer
         return offset
 
@@ -77,10 +81,13 @@ class RetroTokens:
 
 
 class RetroCacheLayer(CacheLayerMixin):
-    """One full-attention layer of a RetroCache; allocates its RetroLayer with its first tokens."""
+    """One full-attention layer of a RetroCache; allocates its RetroLayer with its first tokens.
+
+    With a `sliding_window`, transformers takes the layer for one with a window; `RetroCache` knows
+    that no context fills it.
+    """
 
     is_compileable = True
-    is_sliding = False
     is_croppable = False
 
     def __init__(
@@ -91,8 +98,13 @@ class RetroCacheLayer(CacheLayerMixin):
         batch_size: int,
         max_length: int,
         offload: bool,
+        sliding_window: int | None = None,
+        prefill_attention: PrefillAttention | None = None,
     ) -> None:
         super().__init__()
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self.prefill_attention = prefill_attention
         self.config = config
         self.num_query_heads = num_query_heads
         self.batch_size = batch_size
@@ -144,9 +156,16 @@ class RetroCacheLayer(CacheLayerMixin):
         self.cumulative_length.add_(keys.shape[2])
         self.is_filled = True
 
-    def decode(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+    def decode(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float | None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Appends one token and attends; see `RetroLayer.decode`."""
-        out = self._initialized().decode(query, keys, values, scale)
+        out = self._initialized().decode(query, keys, values, scale, sinks)
         self.cumulative_length.add_(1)
         self.is_filled = True
         return out
@@ -158,11 +177,12 @@ class RetroCacheLayer(CacheLayerMixin):
         values: Tensor,
         attention_mask: Tensor | None,
         scale: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Takes in a later turn, query `[B, Hq, T, D]`; see `RetroLayer.extend`.
 
         Args:
-            query, keys, values, scale: as there.
+            query, keys, values, scale, sinks: as there.
             attention_mask: `[B, past + T]` or `[B, T]`, 0 for padding in the turn, and for the
                 latest tokens so far, if they are to be forgotten; None: neither.
         """
@@ -172,7 +192,7 @@ class RetroCacheLayer(CacheLayerMixin):
             if surplus.any():
                 retro.crop(retro.lengths() - surplus.to(keys.device))
         mask = None if attention_mask is None else attention_mask[:, -tokens:].bool()
-        out = retro.extend(query, keys, values, scale, mask)
+        out = retro.extend(query, keys, values, scale, mask, sinks)
         if mask is not None:
             place = torch.arange(1, tokens + 1, device=mask.device)
             until = (place * ~mask).amax()
@@ -276,6 +296,8 @@ class RetroCacheLayer(CacheLayerMixin):
             batch_size=len(rows),
             max_length=self.max_length,
             offload=self.offload_store,
+            sliding_window=self.sliding_window,
+            prefill_attention=self.prefill_attention,
         )
         twin._load_lengths(self)
         twin._build_marks = (0.0, self.build_seconds())
@@ -307,10 +329,14 @@ class RetroCacheLayer(CacheLayerMixin):
         self.is_filled = int(self.cumulative_length) > 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """No keys: the mask function `retro` knows a RetroCache by this."""
+        """No keys: the mask function `retro` knows a RetroCache by this.
+
+        And as position the window, if there is one, negative, as `SlidingCacheLayer`.
+        """
+        offset = -(self.sliding_window or 0)
         if query_length == 1 or not self.is_filled or torch.compiler.is_compiling():
-            return 0, 0
-        return 0, LayerOffset.of(self)
+            return 0, offset
+        return 0, LayerOffset.of(self, offset)
 
     def get_seq_length(self) -> int:
         """Tokens so far, padding included; a tensor, changed in place."""
@@ -555,10 +581,15 @@ class RetroCache(Cache):
         batch_size: rows.
         offload: keep the KV stores in slow memory behind page caches; see `RetroLayer`. Not built
             yet on a GPU.
+        prefill_attention: how full-attention layers attend to a prompt; None: exactly, by
+            transformers' `sdpa`. See `retro_ops.models.prefill`.
+
+    Layers allocate with their first tokens, on the device of these: a model that is spread over
+    several devices has each layer's KV beside its weights.
 
     Raises:
-        ValueError: the model has layers that retro attention cannot serve, or a number is out of
-            range.
+        ValueError: the model has layers that retro attention cannot serve, its rotary embedding
+            would switch in a context of `max_cache_len`, or a number is out of range.
     """
 
     def __init__(
@@ -569,6 +600,7 @@ class RetroCache(Cache):
         max_cache_len: int,
         batch_size: int = 1,
         offload: bool = False,
+        prefill_attention: PrefillAttention | None = None,
     ) -> None:
         if max_cache_len < 1 or batch_size < 1:
             raise ValueError(
@@ -576,20 +608,20 @@ class RetroCache(Cache):
                 f"got {max_cache_len} and {batch_size}"
             )
         self.retro_config = RetroConfig() if retro_config is None else retro_config
+        layer_types = check_model(config)
+        reason = rope.why_not_fixed(config, max_cache_len)
+        if reason is not None:
+            raise ValueError(
+                f"RetroCache: {type(config).__name__} is not ready for {max_cache_len} tokens: "
+                f"{reason}; load it with retro_ops.models.load_model(..., context={max_cache_len})"
+            )
         text_config = config.get_text_config(decoder=True)
-        for field, what in (
-            ("kv_lora_rank", "latent attention (MLA)"),
-            ("num_kv_shared_layers", "layers that share their KV"),
-        ):
-            if getattr(text_config, field, None):
-                raise ValueError(
-                    f"RetroCache does not support {what}, which {type(config).__name__} asks for "
-                    f"({field}={getattr(text_config, field)}); use a DynamicCache"
-                )
-        layer_types, layer_arguments = get_layer_types_and_kwargs(text_config)
+        window: int = getattr(text_config, "sliding_window", None) or 0
+        # Some models have a window that none of their contexts fills: their layers see all tokens.
+        longest = max(rope.longest_context(config) or max_cache_len, max_cache_len)
         layers: list[Any] = []
-        for index, kind in enumerate(layer_types):
-            if kind == "full_attention":
+        for kind in layer_types:
+            if kind == "full_attention" or window >= longest:
                 layers.append(
                     RetroCacheLayer(
                         self.retro_config,
@@ -597,17 +629,14 @@ class RetroCache(Cache):
                         batch_size=batch_size,
                         max_length=max_cache_len,
                         offload=offload,
+                        sliding_window=window if kind == "sliding_attention" else None,
+                        prefill_attention=prefill_attention,
                     )
                 )
-            elif kind == "sliding_attention":
+            else:
                 # Full layers refuse more than max_cache_len tokens; without one, nothing would.
                 limit = max_cache_len if "full_attention" in layer_types else None
-                layers.append(SlidingCacheLayer(layer_arguments["sliding_window"], limit))
-            else:
-                raise ValueError(
-                    f"RetroCache: layer {index} of {type(config).__name__} is of type {kind!r}; "
-                    "only full_attention and sliding_attention layers are supported"
-                )
+                layers.append(SlidingCacheLayer(window, limit))
         super().__init__(layers=layers)
         self._model = _model_fields(config)
         self._offload = offload
@@ -726,7 +755,7 @@ class RetroCache(Cache):
         *,
         max_cache_len: int | None = None,
         offload: bool | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | Sequence[torch.device | str] = "cpu",
     ) -> RetroCache:
         """The cache that `save` wrote; generation goes on with the same tokens.
 
@@ -737,18 +766,21 @@ class RetroCache(Cache):
             max_cache_len: tokens that a row can hold; None: as it was. It may be larger, or smaller
                 if the tokens still fit.
             offload: as in `RetroCache`; None: as it was.
-            device: where the cache is to live.
+            device: where the cache is to live; or one for each layer of the model, as
+                `retro_ops.models.load.layer_devices` gives them.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is no cache, or one of another format version, model or
-                `retro_config`, or its tokens do not fit `max_cache_len`.
+                `retro_config`, or its tokens do not fit `max_cache_len`, or there are more or fewer
+                devices than layers.
         """
         path = Path(path)
+        first = str(device) if isinstance(device, (torch.device, str)) else "cpu"
         if not path.is_file():
             raise FileNotFoundError(f"RetroCache.load: no file {str(path)!r}")
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt", device=first) as file:
                 header = json.loads((file.metadata() or {}).get("header", "null"))
                 _check_header(path, header, config, retro_config)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -764,10 +796,20 @@ class RetroCache(Cache):
             batch_size=header["batch_size"],
             offload=header["offload"] if offload is None else offload,
         )
-        for index, layer in enumerate(cache.layers):
+        places = (
+            [device] * len(cache.layers)
+            if isinstance(device, (torch.device, str))
+            else list(device)
+        )
+        if len(places) != len(cache.layers):
+            raise ValueError(
+                f"RetroCache.load: device must be one, or one for each of the {len(cache.layers)} "
+                f"layers, got {len(places)}"
+            )
+        for index, (layer, place) in enumerate(zip(cache.layers, places, strict=True)):
             prefix = f"{index}."
             own = {
-                name.removeprefix(prefix): tensor
+                name.removeprefix(prefix): tensor.to(place)
                 for name, tensor in tensors.items()
                 if name.startswith(prefix)
             }

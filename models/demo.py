@@ -18,6 +18,7 @@ from retro_ops.models.cache import RetroCache
 from retro_ops.models.generate import Decoder, finished_at, kv_bytes_per_token, make_cache
 from retro_ops.models.prose import haystack, make_needle
 from retro_ops.models.recall import make_task
+from retro_ops.models.rope import longest_context
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done, and steps in all."""
@@ -214,11 +215,11 @@ def text_demo(
         )
     batches = [prompts[first : first + batch_size] for first in range(0, len(prompts), batch_size)]
     encoded = []
-    limit = model.config.get_text_config().max_position_embeddings
+    limit = longest_context(model.config)
     for batch in batches:
         inputs = tokenizer([p.input for p in batch], return_tensors="pt", padding=True)
         tokens = inputs.input_ids.shape[1]
-        if tokens + max_new_tokens > limit:
+        if limit is not None and tokens + max_new_tokens > limit:
             raise ValueError(
                 f"a prompt of {tokens} tokens and {max_new_tokens} new ones exceed the "
                 f"{limit} tokens that the model reads; shorten the prompt"

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from retro_ops import RetroConfig
 from retro_ops.models.attention import NAME
 from retro_ops.models.cache import RetroCache, RetroCacheLayer
+from retro_ops.models.rope import longest_context
 
 FORMAT = "1"
 """Of the metadata and the weights; the runner in `csrc/runner/` has the same number."""
@@ -162,11 +163,17 @@ def export_model(
             f"got {context} and {batch_size}"
         )
     text_config = model.config.get_text_config(decoder=True)
-    limit = getattr(text_config, "max_position_embeddings", None)
+    limit = longest_context(model.config)
     if limit is not None and context > limit:
         raise ValueError(
             f"a context of {context} tokens exceeds the {limit} that the model reads; "
             "export it with a smaller one"
+        )
+    devices = sorted({str(each.device) for each in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"a package is for one device, the model is spread over {', '.join(devices)}; load it "
+            "on one"
         )
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before")

@@ -31,7 +31,9 @@ def make_cache(
 
     Args:
         model: on its device.
-        attention: "dense" (transformers' sdpa and DynamicCache) or "retro".
+        attention: "dense" (transformers' sdpa and DynamicCache) or "retro". A model that
+            transformers has no sdpa for, for its attention sinks, is dense with the function
+            `retro` too, which is exact without a RetroCache.
         batch_size: rows.
         max_length: tokens that a row can come to hold.
         config: budgets and sizes of retro; None: the defaults.
@@ -45,7 +47,8 @@ def make_cache(
         cache: Cache = DynamicCache(config=model.config)
     else:
         cache = RetroCache(model.config, config, max_cache_len=max_length, batch_size=batch_size)
-    model.set_attn_implementation(ATTENTIONS[attention])
+    own = ATTENTIONS[attention]
+    model.set_attn_implementation(own if model._supports_sdpa else NAME)
     return cache
 
 

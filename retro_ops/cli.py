@@ -314,7 +314,7 @@ def _export(options: argparse.Namespace) -> None:
     begin = time.perf_counter()
     with _progress() as progress:
         progress(f"loading {options.model}", 0, 5)
-        model = load_model(options.model, dtype=DTYPES[name], device=place)
+        model = load_model(options.model, dtype=DTYPES[name], device=place, context=options.context)
         metadata = export_model(
             model,
             options.out,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from retro_ops import wave_index
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def decode_step(
-    layer: RetroLayer, query: Tensor, keys: Tensor, values: Tensor, scale: float
+    layer: RetroLayer,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Appends one token per row and attends to the whole context.
 
@@ -31,6 +37,7 @@ def decode_step(
         query: `[B, Hq, D]`.
         keys, values: `[B, Hkv, 1, D]`.
         scale: factor on q . k.
+        sinks: `[Hq]`, logits of one more token of value zero; None: none.
 
     Returns:
         `[B, Hq, D]` in query's dtype.
@@ -38,7 +45,7 @@ def decode_step(
     config, index = layer.config, layer.index
     append_tokens(keys, values, None, layer.steady, layer.counters, layer.max_length)
     wave_index.grow(layer)
-    if query.is_cuda and not layer.offload:  # all that follows in one op, with the same bits
+    if query.is_cuda and not layer.offload and sinks is None:  # the rest in one op, the same bits
         return decode_attention(
             query,
             layer.steady,
@@ -63,6 +70,8 @@ def decode_step(
         config.estimator,
         scale,
     )
+    if sinks is not None:
+        estimate, estimate_lse = _with_sinks(estimate, estimate_lse, sinks)
     if layer.offload:
         addresses = page_gather(
             retrieved,
@@ -104,3 +113,16 @@ def decode_step(
         scale,
     )
     return out
+
+
+def _with_sinks(estimate: Tensor, estimate_lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Merges a token of value zero and given logit into the estimate, exactly.
+
+        lse' = log(exp(lse) + exp(sink))
+        estimate' = exp(lse - lse') estimate
+
+    In float32, before the working set is merged, so that the result is rounded once.
+    """
+    sinks = sinks.float().clamp(min=torch.finfo(torch.float32).min)  # -inf minus -inf is no number
+    estimate = estimate * torch.sigmoid(estimate_lse - sinks)[..., None]
+    return estimate, torch.logaddexp(estimate_lse, sinks)

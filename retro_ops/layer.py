@@ -189,7 +189,12 @@ class RetroLayer(nn.Module):
         wave_index.build(self, keys, values, starts.long().clamp(0, tokens))
 
     def decode(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Appends one token per row, then attends to everything the rows hold.
 
@@ -198,6 +203,8 @@ class RetroLayer(nn.Module):
             key: `[B, Hkv, 1, D]`, any strides, after rotary embedding.
             value: like `key`.
             scale: factor on q . k; None: 1 / sqrt(D).
+            sinks: `[Hq]`, attention sinks: logits of one more token of value zero, which is not
+                stored; None: none.
 
         Returns:
             `[B, Hq, 1, D]` in query's dtype.
@@ -209,12 +216,14 @@ class RetroLayer(nn.Module):
         """
         self._check_tokens("decode", key, value)
         self._check_query("decode", query, 1)
+        self._check_sinks("decode", sinks)
         out = decode_step(
             self,
             query.squeeze(2),
             key,
             value,
             self.head_dim**-0.5 if scale is None else scale,
+            sinks,
         )
         return out.unsqueeze(2)
 
@@ -225,6 +234,7 @@ class RetroLayer(nn.Module):
         values: Tensor,
         scale: float | None = None,
         mask: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Takes in many tokens at once, as the next turn of a conversation brings them.
 
@@ -241,6 +251,7 @@ class RetroLayer(nn.Module):
             scale: factor on q . k; None: 1 / sqrt(D).
             mask: `[B, T]` bool, False for padding, anywhere; what it holds does not matter. A row
                 may be all padding. None: no padding.
+            sinks: as in `decode`.
 
         Returns:
             `[B, Hq, T, D]` in query's dtype; zero for padding.
@@ -253,6 +264,7 @@ class RetroLayer(nn.Module):
         """
         self._check_tokens("extend", keys, values)
         self._check_query("extend", query, keys.shape[2])
+        self._check_sinks("extend", sinks)
         mask = self._checked_mask(keys, mask)
         self._check_room("extend", mask.sum(dim=1))
         with torch.no_grad():
@@ -263,6 +275,7 @@ class RetroLayer(nn.Module):
                 values,
                 mask,
                 self.head_dim**-0.5 if scale is None else scale,
+                sinks,
             )
             turn.append(self, keys, values, mask)
         for argument in (query, keys, values):
@@ -558,6 +571,20 @@ class RetroLayer(nn.Module):
                 f"got {list(query.shape)}"
             )
         self._check_like_layer(method, "query", query)
+
+    def _check_sinks(self, method: str, sinks: Tensor | None) -> None:
+        if sinks is None:
+            return
+        if tuple(sinks.shape) != (self.num_query_heads,) or not sinks.is_floating_point():
+            raise ValueError(
+                f"RetroLayer.{method}: sinks must be [Hq] = [{self.num_query_heads}] floating-point"
+                f" logits, got {list(sinks.shape)} of {sinks.dtype}"
+            )
+        if sinks.device != self.store.device:
+            raise ValueError(
+                f"RetroLayer.{method}: sinks must be on {self.store.device} like the layer, "
+                f"got {sinks.device}"
+            )
 
     def _checked_mask(self, keys: Tensor, mask: Tensor | None) -> Tensor:
         shape = (self.batch_size, keys.shape[2])

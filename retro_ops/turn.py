@@ -25,11 +25,15 @@ class _Softmax:
     Any block may be masked as a whole: it adds nothing, whatever its keys and values are.
     """
 
-    def __init__(self, query: Tensor, scale: float) -> None:
+    def __init__(self, query: Tensor, scale: float, sinks: Tensor | None) -> None:
         self.query = query
         self.scale = scale
         self.largest = query.new_full((*query.shape[:-1], 1), -torch.inf)
         self.mass = torch.zeros_like(self.largest)
+        if sinks is not None:  # [Hq]: a first token of value zero
+            own = sinks.float().clamp(min=torch.finfo(torch.float32).min)
+            self.largest = own.view(*query.shape[1:3], 1, 1).expand_as(self.largest)
+            self.mass = self.mass + 1.0
         self.sums = torch.zeros_like(query)
 
     def add(self, keys: Tensor, values: Tensor, exists: Tensor, visible: Tensor | None) -> None:
@@ -62,7 +66,13 @@ class _Softmax:
 
 
 def attend(
-    layer: RetroLayer, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
+    layer: RetroLayer,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Exact attention of new tokens to what their row holds, to themselves and those before them.
 
@@ -74,6 +84,7 @@ def attend(
         keys, values: `[B, Hkv, T, D]`.
         mask: `[B, T]` bool, False for padding.
         scale: factor on q . k.
+        sinks: `[Hq]`, logits of one more token of value zero; None: none.
 
     Returns:
         `[B, Hq, T, D]` in query's dtype; zero for padding.
@@ -95,7 +106,7 @@ def attend(
     for first in range(0, tokens, at_once):
         last = min(first + at_once, tokens)
         own = query[:, :, first:last].float().unflatten(1, (heads, query_heads // heads))
-        softmax = _Softmax(own, scale)
+        softmax = _Softmax(own, scale, sinks)
         for zone, count, limit in held:
             for begin in range(0, limit, KEYS_AT_ONCE):
                 end = min(begin + KEYS_AT_ONCE, limit)
