@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from retro_ops import RetroConfig, RetroLayer
+from retro_ops.models import memory
 
 FORMAT = "retro_cache"
 FORMAT_VERSION = 1
@@ -627,9 +628,11 @@ class RetroCache(Cache):
         Raises:
             ValueError: wrong number of rows, or a prompt longer than `max_cache_len`.
             RuntimeError: a row would exceed `max_cache_len`.
+            MemoryError: the cache is new, and its buffers cannot all be allocated.
         """
         if layer_idx == 0:  # before any layer has changed
             self._check_room(key_states)
+            self._check_memory(key_states, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def early_initialization(self, batch_size: int, *args: Any, **kwargs: Any) -> None:
@@ -764,6 +767,8 @@ class RetroCache(Cache):
             batch_size=header["batch_size"],
             offload=header["offload"] if offload is None else offload,
         )
+        if "0.steady" in tensors:
+            cache._check_memory(*tensors["0.steady"])
         for index, layer in enumerate(cache.layers):
             prefix = f"{index}."
             own = {
@@ -814,6 +819,14 @@ class RetroCache(Cache):
                 f"RetroCache was made for batch_size={self._rows}, got {rows} rows; "
                 f"make it with batch_size={rows}"
             )
+
+    def _check_memory(self, keys: Tensor, values: Tensor) -> None:
+        if not (
+            torch.compiler.is_compiling()
+            or keys.device.type == "meta"
+            or any(layer.is_initialized for layer in self.layers)
+        ):
+            memory.check_cache(self.layers, keys, values, self._rows, self._max_tokens)
 
     def _check_room(self, new: Tensor) -> None:
         rows, _, tokens, _ = new.shape

@@ -42,16 +42,21 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no such model, or it cannot be reached.
+        MemoryError: the weights do not fit on the device; nothing is loaded then.
     """
+    from retro_ops.models import plan  # which imports this module
+
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     path = find_model(name)
+    if not kwargs:  # they may name other weights, or other places for them
+        plan.check_weights(path, dtype, device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, **kwargs
         )
     except OSError as error:
-        raise _no_model(name) from error
+        raise no_model(name) from error
     return model.to(device).eval()
 
 
@@ -83,7 +88,8 @@ def find_model(name: str | Path) -> str:
     return str(name)
 
 
-def _no_model(name: str | Path) -> FileNotFoundError:
+def no_model(name: str | Path) -> FileNotFoundError:
+    """What to raise where there is no such model."""
     return FileNotFoundError(
         f"no model {str(name)!r}: it is not built in ({', '.join(BUILT_IN)}), not a directory with "
         "a model, and the Hugging Face hub did not give it"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # Headings of columns of words.
-LEFT = ("attention", "dtype", "keys", "shape", "trace", "policy")
+LEFT = ("attention", "dtype", "keys", "shape", "trace", "policy", "part")
 ATTENTIONS = ("dense", "retro")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError, NotImplementedError, ImportError) as error:
+    except (ValueError, OSError, NotImplementedError, ImportError, MemoryError) as error:
         print(f"{options.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -511,11 +511,137 @@ def _shown(value: Any) -> str:
 
 
 def _add_info(commands: Any) -> None:
-    parser = _command(commands, "info", _info, "Say what is installed and what it runs on.")
+    parser = _command(
+        commands,
+        "info",
+        _info,
+        "Say what is installed and what it runs on; of a model, what memory it would take.",
+    )
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
+    group = parser.add_argument_group("memory of a model, of which nothing but its config is read")
+    group.add_argument(
+        "--model",
+        help="recall or recall-128k (in the package), gemma, a directory, a model of the hub, or a "
+        "shape: llama-3-8b, llama-3.1-8b, qwen2.5-7b, qwen2.5-72b",
+    )
+    group.add_argument(
+        "--context", type=number(2), default=131072, help="tokens of a row, prompt and answer"
+    )
+    group.add_argument("--batch-size", type=number(1), default=1, help="rows at once")
+    group.add_argument("--offload", action="store_true", help="KV stores in the host's memory")
+    group.add_argument("--dtype", choices=DTYPES, help="of the model (as its config says)")
+    group.add_argument(
+        "--prefill-chunk", type=number(2), help="tokens of a prompt at once (all of them)"
+    )
+    group.add_argument(
+        "--devices", type=number(0), help="GPUs; 0: the CPU (those that are there; else 0, or 1)"
+    )
+    group.add_argument(
+        "--device-memory", type=gibibytes, metavar="GiB", help="of each GPU (what is free, or 80)"
+    )
+    group.add_argument(
+        "--host-memory", type=gibibytes, metavar="GiB", help="of the host (what is free)"
+    )
+    _add_budgets(parser)
+
+
+def gibibytes(text: str) -> int:
+    """A parser of GiB; the result is bytes."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1 << 30:
+        raise argparse.ArgumentTypeError(f"must be a number of GiB above 0, got {text!r}")
+    return round(value * (1 << 30))
+
+
+def _memory(options: argparse.Namespace) -> Any:
+    """What there is to plan for: what is asked for, else what is free here."""
+    from retro_ops.models.memory import GIB, Memory, free_memory
+
+    free = free_memory()
+    count = options.devices
+    if count is None:
+        count = len(free.devices) or (1 if options.device_memory else 0)
+    devices = free.devices[:count]
+    if options.device_memory:
+        devices = (options.device_memory,) * count
+    elif len(devices) < count:
+        devices = (80 * GIB,) * count
+    return Memory(options.host_memory or free.host, devices)
+
+
+def _info_memory(options: argparse.Namespace) -> None:
+    from retro_ops.models.memory import GIB
+    from retro_ops.models.plan import ACTIVATIONS, PARTS, Planner, load_config
+
+    memory = _memory(options)
+    config = load_config(options.model)
+    planner = Planner(
+        config,
+        _budgets(options),
+        dtype=DTYPES.get(options.dtype),
+        offload=options.offload,
+        devices=memory.devices,
+        prefill_chunk=options.prefill_chunk,
+    )
+    plan = planner.plan(options.context, options.batch_size)
+    lines: dict[str, dict[str, int]] = {
+        part: {place: parts[part] for place, parts in plan.places.items() if part in parts}
+        for part in PARTS
+    }
+    lines = {part: line for part, line in lines.items() if any(line.values())}
+    lines["at most"] = {place: plan.total(place) for place in plan.places}
+    lines["there is"] = {place: memory.of(place) for place in plan.places}
+    rows, tokens = f"{options.batch_size:,}", f"{options.context:,}"
+    dtype = str(planner.dtype).removeprefix("torch.")
+    _print_table(
+        f"{options.model}, {tokens} tokens, batch {rows}, {dtype}"
+        f"{', offloaded' if options.offload else ''}: GiB",
+        {
+            "part": list(lines),
+            **{
+                place: [
+                    f"{line[place] / GIB:,.3f}" if place in line else "" for line in lines.values()
+                ]
+                for place in plan.places
+            },
+        },
+    )
+    if all(name in lines for name in ACTIVATIONS):
+        print("Of the two kinds of activations only the larger counts.")
+    batch = planner.largest_batch(options.context, memory)
+    longest = planner.longest_context(options.batch_size, memory)
+    lacks = plan.lacks(memory)
+    print(f"It does not fit: {lacks}." if lacks else "It fits.")
+    print(f"Largest batch of {tokens} tokens: {batch:,}.")
+    print(f"Longest context of {rows} {'row' if rows == '1' else 'rows'}: {longest:,} tokens.")
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions and positions < options.context:
+        print(f"The config is of a model for up to {positions:,} tokens.")
+    _write_json(
+        options.json,
+        {
+            "model": options.model,
+            "context": options.context,
+            "batch_size": options.batch_size,
+            "dtype": dtype,
+            "offload": options.offload,
+            "bytes": plan.places,
+            "total_bytes": lines["at most"],
+            "there_bytes": lines["there is"],
+            "fits": not lacks,
+            "largest_batch": batch,
+            "longest_context": longest,
+        },
+    )
 
 
 def _info(options: argparse.Namespace) -> None:
+    if options.model is not None:
+        _info_memory(options)
+        return
     import platform
     from importlib import metadata
 
