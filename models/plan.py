@@ -183,13 +183,11 @@ class Planner:
 
     def largest_batch(self, context: int, memory: Memory, *, prefill: bool = True) -> int:
         """The most rows of `context` tokens that fit; 0: not even one does."""
-        return _largest(
-            lambda rows: self.plan(context, rows).fits(memory, prefill=prefill), 1 << 16
-        )
+        return largest(lambda rows: self.plan(context, rows).fits(memory, prefill=prefill), 1 << 16)
 
     def longest_context(self, batch_size: int, memory: Memory) -> int:
         """The most tokens that each of `batch_size` rows can hold; 0: none."""
-        return _largest(lambda tokens: self.plan(tokens, batch_size).fits(memory), 1 << 30)
+        return largest(lambda tokens: self.plan(tokens, batch_size).fits(memory), 1 << 30)
 
     def _cache(self, config: PreTrainedConfig, context: int, batch_size: int) -> RetroCache:
         return RetroCache(
@@ -449,7 +447,7 @@ def _layer_places(model: PreTrainedModel, where: dict[str, str]) -> list[str]:
     return [_place(names[layer], where) for layer in model.get_decoder().layers]
 
 
-def _largest(fits: Callable[[int], bool], most: int) -> int:
+def largest(fits: Callable[[int], bool], most: int) -> int:
     """The largest number up to `most` that fits, of numbers that fit up to some number."""
     if not fits(1):
         return 0

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # Headings of columns of words.
 LEFT = ("attention", "dtype", "keys", "shape", "trace", "policy", "part")
 ATTENTIONS = ("dense", "retro")
+# Of models whose shape is known; the names of `retro_ops.models.shapes`.
+SHAPES = ("llama-3-8b", "llama-3.1-8b", "qwen2.5-7b", "qwen2.5-72b", "tiny")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -344,9 +346,10 @@ def _add_bench(commands: Any) -> None:
         kind.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
         kind.add_argument("--context", type=numbers, default="32768,131072", help="tokens")
         kind.add_argument("--batch", type=numbers, default="1", help="rows")
-        kind.add_argument("--dtype", type=names(tuple(DTYPES)), default="bfloat16,float32")
+        dtypes = "bfloat16" if name == "model" else "bfloat16,float32"
+        kind.add_argument("--dtype", type=names(tuple(DTYPES)), default=dtypes)
         if name == "model":
-            kind.add_argument("--shape", type=names(("llama-8b", "tiny")), default="llama-8b")
+            kind.add_argument("--shape", type=names(SHAPES), default=SHAPES[0])
         else:
             kind.add_argument("--keys", type=names(KINDS), default=",".join(KINDS))
         kind.add_argument("--rounds", type=number(1), default=3 if name == "build" else 30)
@@ -355,6 +358,9 @@ def _add_bench(commands: Any) -> None:
         _add_budgets(kind)
     _add_bench_buffer(kinds)
     _add_bench_long(kinds)
+    _add_bench_throughput(kinds)
+    _add_bench_prefill(kinds)
+    _add_bench_memory(kinds)
 
 
 def _add_bench_buffer(kinds: Any) -> None:
@@ -457,6 +463,149 @@ def _bench_long(options: argparse.Namespace) -> None:
             done = len(rows) * options.window
             progress(f"{done:,} of {options.tokens:,} tokens", done, options.tokens)
     _report(options, rows, long.COLUMNS)
+
+
+def batches(text: str) -> list[int] | None:
+    """A parser of numbers of rows, or None for "auto"."""
+    return None if text == "auto" else numbers(text)
+
+
+def _add_model_bench(kinds: Any, name: str, run: Any, help_: str, context: str) -> Parser:
+    """A benchmark of a model of random weights."""
+    kind = _command(kinds, name, run, help_)
+    kind.add_argument("--model", type=names(SHAPES), default=SHAPES[0], help="a shape")
+    kind.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
+    kind.add_argument("--context", type=numbers, default=context, help="tokens")
+    kind.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    kind.add_argument("--offload", action="store_true", help="KV stores in the host's memory")
+    kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
+    kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
+    _add_budgets(kind)
+    return kind
+
+
+def _place(options: argparse.Namespace) -> torch.device:
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _add_bench_throughput(kinds: Any) -> None:
+    kind = _add_model_bench(
+        kinds,
+        "throughput",
+        _bench_throughput,
+        "Decoding many rows at once, dense against retro, each at its best number of rows.",
+        "30000,60000,120000",
+    )
+    kind.add_argument(
+        "--batch", type=batches, default="auto", help="rows; auto: what fits, then fewer"
+    )
+    kind.add_argument("--attention", type=names(ATTENTIONS), default="dense,retro")
+    kind.add_argument("--keys", choices=KINDS, default=KINDS[0])
+    kind.add_argument(
+        "--tokens",
+        choices=("greedy", "random"),
+        default="greedy",
+        help="what a step reads: greedy steps are alike, random ones are not",
+    )
+    kind.add_argument("--steps", type=number(1), default=48, help="timed")
+    kind.add_argument("--answer", type=number(1), default=1024, help="tokens, for end to end")
+    kind.add_argument("--layers", type=number(1), help="of the model (all)")
+    kind.add_argument("--plot", type=new_file, metavar="FILE.png", help="draw tokens per second")
+
+
+def _bench_throughput(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import throughput
+
+    attentions = [*options.attention, *(["retro offloaded"] if options.offload else [])]
+    rows: list[dict[str, Any]] = []
+    with _progress() as progress:
+        for case in throughput.run(
+            device=_place(options),
+            shapes=options.model,
+            contexts=options.context,
+            batch_sizes=options.batch,
+            attentions=attentions,
+            dtype=DTYPES[options.dtype],
+            kind=options.keys,
+            config=_budgets(options),
+            next_tokens=options.tokens,
+            steps=options.steps,
+            answer=options.answer,
+            layers=options.layers,
+            plot=options.plot,
+            progress=progress,
+        ):
+            rows += case
+    _report(options, rows, throughput.COLUMNS)
+
+
+def _add_bench_prefill(kinds: Any) -> None:
+    kind = _add_model_bench(
+        kinds,
+        "prefill",
+        _bench_prefill,
+        "Reading a prompt: what building the index adds, in one layer and in a whole model.",
+        "120000",
+    )
+    kind.add_argument(
+        "--whole",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also a prompt through all layers",
+    )
+    kind.add_argument("--rounds", type=number(1), default=3)
+
+
+def _bench_prefill(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import prefill
+
+    rows = []
+    with _progress() as progress:
+        progress("reading prompts", 0, 1)
+        for row in prefill.run(
+            device=_place(options),
+            shapes=options.model,
+            contexts=options.context,
+            dtype=DTYPES[options.dtype],
+            config=_budgets(options),
+            offload=[False, True] if options.offload else [False],
+            whole=options.whole,
+            rounds=options.rounds,
+        ):
+            rows.append(row)
+            progress(f"{row['context']:,} tokens", 0, 1)
+    _report(options, rows, prefill.COLUMNS)
+
+
+def _add_bench_memory(kinds: Any) -> None:
+    kind = _add_model_bench(
+        kinds,
+        "memory",
+        _bench_memory,
+        "The plan of `info` against the memory that a GPU was seen to hold.",
+        "32768",
+    )
+    kind.add_argument("--batch", type=numbers, default="1", help="rows")
+
+
+def _bench_memory(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import memory
+
+    rows = []
+    with _progress() as progress:
+        progress("measuring", 0, 1)
+        for row in memory.run(
+            device=_place(options),
+            models=options.model,
+            contexts=options.context,
+            batch_sizes=options.batch,
+            dtype=DTYPES[options.dtype],
+            config=_budgets(options),
+            offload=options.offload,
+        ):
+            rows.append(row)
+            progress(f"{row['context']:,} tokens, batch {row['batch']}", 0, 1)
+    _report(options, rows, memory.COLUMNS)
 
 
 def _bench(options: argparse.Namespace) -> None:
