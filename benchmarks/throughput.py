@@ -2,7 +2,7 @@
 
 All layers of a model run one compiled function: each has a cache of its own, in which it is layer
 0, so that nothing tells one layer from another, and one compilation serves all. A whole step is one
-CUDA graph of them. A model compiled as a whole, as users do it, takes a minute to compile for every
+CUDA graph of them. A model compiled as a whole, as users do it, compiles each layer anew for every
 number of rows; `bench model` measures that.
 """
 
