@@ -18,7 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from retro_ops import RetroConfig
+from retro_ops import RetroConfig, RetroLayer
 from retro_ops.benchmarks.memory import measure
 from retro_ops.cli import main
 from retro_ops.models import RetroCache, load_model, memory, plan
@@ -122,6 +122,26 @@ def test_activations_of_chunks_are_fewer() -> None:
     assert chunks.activations(4096, 1) == whole.activations(4096, 1)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_turns_work_in_what_they_say(rows: int) -> None:
+    layer = RetroLayer(
+        RetroConfig(),
+        batch_size=rows,
+        num_query_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        max_length=4096,
+        dtype=torch.float32,
+    )
+    tokens = torch.randn(rows, 2, 2600, 64)
+    layer.prefill(tokens[:, :, :2048], tokens[:, :, :2048])
+    new = tokens[:, :, 2048:]
+    query = new.repeat_interleave(4, dim=1)
+    with plan._Allocations() as allocations:
+        layer.extend(query, new, new)
+    assert layer.extend_bytes(552) == pytest.approx(allocations.peak - query.nbytes, rel=0.15)
+
+
 def test_shapes_have_their_names_parameters() -> None:
     for name, billions in (("llama-3-8b", 8.03), ("qwen2.5-7b", 7.62), ("qwen2.5-72b", 72.7)):
         model = plan.meta_model(SHAPES[name](), torch.bfloat16)
@@ -172,7 +192,7 @@ def test_layers_spread_over_gpus() -> None:
 def only(monkeypatch: pytest.MonkeyPatch, host: int) -> None:
     """As if so many bytes were free."""
     for module in (memory, plan):
-        monkeypatch.setattr(module, "free_memory", lambda: Memory(host))
+        monkeypatch.setattr(module, "free_on", lambda device: host)
 
 
 def test_a_cache_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,17 +39,26 @@ def in_gib(bytes_: int) -> str:
 
 
 def free_memory() -> Memory:
-    """What can be allocated now.
+    """What can be allocated now, on all GPUs that are in sight and on the host.
 
     Of a GPU: what the driver has, and what torch's allocator holds without using it. Of the host:
     Linux' MemAvailable, or less where a control group has less.
     """
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        unused = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
-        devices.append(torch.cuda.mem_get_info(index)[0] + unused)
-    available = psutil.virtual_memory().available
-    return Memory(min(available, _free_in_cgroup(CGROUP, available)), tuple(devices))
+    devices = tuple(_free_on_gpu(index) for index in range(torch.cuda.device_count()))
+    return Memory(free_on(torch.device("cpu")), devices)
+
+
+def free_on(device: torch.device) -> int:
+    """The same of one device only: asking a GPU takes some of its memory for a CUDA context."""
+    if device.type != "cuda":
+        available = psutil.virtual_memory().available
+        return min(available, _free_in_cgroup(CGROUP, available))
+    return _free_on_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _free_on_gpu(index: int) -> int:
+    unused = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    return torch.cuda.mem_get_info(index)[0] + unused
 
 
 def place_of(device: torch.device) -> str:
@@ -103,14 +112,14 @@ def check_cache(
     for layer in layers:
         for name, bytes_ in layer_bytes(layer, keys, values).items():
             need[HOST if name in host_buffers(layer) else place] += bytes_
-    free = free_memory()
     for where, bytes_ in need.items():
-        there = free.host if where == HOST else sum(free.devices)
+        there = free_on(torch.device("cpu") if where == HOST else keys.device)
+        if where != HOST and bytes_ > there and torch.cuda.device_count() > 1:
+            there = sum(free_memory().devices)
         if bytes_ > there:
             fits = rows * there // bytes_
             advice = f"batch_size at most {fits}" if fits else "a smaller max_cache_len"
-            if where != HOST:
-                where = ", ".join(f"cuda:{index}" for index in range(len(free.devices)))
+            if where != HOST and not any(host_buffers(layer) for layer in layers):
                 advice += ", or offload=True"
             raise MemoryError(
                 f"RetroCache: {rows} rows of max_cache_len {max_length:,} tokens need "

@@ -26,14 +26,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from retro_ops import RetroConfig, RetroLayer, turn
+from retro_ops import RetroConfig, RetroLayer
 from retro_ops.models.cache import RetroCache, RetroCacheLayer
 from retro_ops.models.load import find_model, no_model
 from retro_ops.models.memory import (
     HOST,
     Memory,
     bytes_of,
-    free_memory,
+    free_on,
     host_buffers,
     in_gib,
     layer_bytes,
@@ -176,8 +176,9 @@ class Planner:
             for layer, heads in zip(cache.layers, self._heads, strict=False):
                 layer.lazy_initialization(*self._tokens(heads, batch_size))
             prefill, decode = (peak_bytes(self._few, cache, tokens) for tokens in (chunk, 1))
-            if chunk < context:
-                prefill += _turn_bytes(self._heads[0], batch_size, chunk)
+            if chunk < context:  # later chunks are turns
+                retro = (layer.retro for layer in cache.retro_layers if layer.retro)
+                prefill += max((layer.extend_bytes(chunk) for layer in retro), default=0)
             self._activations[key] = prefill, decode
         return self._activations[key]
 
@@ -269,12 +270,12 @@ def check_weights(name: str | Path, dtype: torch.dtype | str, device: torch.devi
     if not isinstance(dtype, torch.dtype):
         dtype = config.dtype or torch.float32
     model = meta_model(config, dtype)
-    place, free = place_of(torch.device(device)), free_memory()
-    need = bytes_of((*model.parameters(), *model.buffers()))
-    if need > free.of(place):
+    device = torch.device(device)
+    need, free = bytes_of((*model.parameters(), *model.buffers())), free_on(device)
+    if need > free:
         raise MemoryError(
-            f"the weights of {str(name)!r} take {in_gib(need)} on {place}, "
-            f"{in_gib(free.of(place))} are free; load it in a smaller dtype, on another device, or "
+            f"the weights of {str(name)!r} take {in_gib(need)} on {place_of(device)}, "
+            f"{in_gib(free)} are free; load it in a smaller dtype, on another device, or "
             "over several with device_map='auto'"
         )
 
@@ -373,16 +374,6 @@ def _is_tensor(leaf: Any) -> bool:
 
 def _storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _turn_bytes(heads: _Heads, batch_size: int, chunk: int) -> int:
-    """About what `retro_ops/turn.py` adds for a later chunk, in float32: logits and weights of a
-    block of keys, sums, and the block."""
-    queries = max(turn.LOGITS_AT_ONCE // (turn.KEYS_AT_ONCE * batch_size * heads.query), 16)
-    rows = batch_size * heads.query * min(queries, chunk)
-    logits = 2 * 4 * rows * turn.KEYS_AT_ONCE
-    sums = 3 * 4 * rows * heads.dim
-    return logits + sums + 2 * 4 * batch_size * heads.kv * turn.KEYS_AT_ONCE * heads.dim
 
 
 def _few_layers(config: PreTrainedConfig) -> PreTrainedConfig:
