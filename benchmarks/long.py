@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 from retro_ops import RetroConfig, RetroLayer
 from retro_ops.benchmarks import machine
 from retro_ops.benchmarks.decode import QUERY_HEADS, check, make_layer, make_rows
-from retro_ops.benchmarks.model import SHAPES, make_model
+from retro_ops.benchmarks.prefill import make_model
 from retro_ops.benchmarks.timing import Timing, synchronize
 from retro_ops.models import RetroCache, load_model, load_tokenizer
 from retro_ops.models.generate import Decoder, make_cache
 from retro_ops.models.load import RECALL
 from retro_ops.models.prose import prose
 from retro_ops.models.recall import make_task
+from retro_ops.models.shapes import SHAPES
 from retro_ops.testing import dense_attention, make_query, relative_error
 
 COLUMNS = (
@@ -155,14 +156,14 @@ def load(
     """A model and ids `[B, T]` to feed it: of prose where it has a tokenizer, else random ones.
 
     Args:
-        name: as in `load_model`, or a shape of `benchmarks.model` with random weights.
+        name: as in `load_model`, or a shape of `models.shapes` with random weights.
         dtype: of the weights.
         device: of both.
         rows: B.
         tokens: T.
     """
     if name in SHAPES:
-        model: PreTrainedModel = make_model(name, dtype, device)
+        model: PreTrainedModel = make_model(SHAPES[name](), dtype, device)
     else:
         model = load_model(name, dtype=dtype, device=device)
     if name in RECALL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import platform
 import subprocess
 from pathlib import Path
@@ -47,6 +48,21 @@ def copy_gb_per_s(device: torch.device) -> float:
     target = torch.empty_like(source)
     timing = time_in_turn(device, {"copy": lambda: target.copy_(source)}, rounds=15)["copy"]
     return 2 * COPY_BYTES / timing.median_us / 1e3
+
+
+def host_gb_per_s(device: torch.device) -> float:
+    """Bandwidth of copying from the host's memory to a device; of a CPU, of reading its own."""
+    if device.type != "cuda":
+        return copy_gb_per_s(device) / 2
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8).pin_memory()
+    target = torch.empty_like(source, device=device)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
+    for mark in marks:
+        mark.record()
+        target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize(device)
+    fastest = min(one.elapsed_time(next_) for one, next_ in itertools.pairwise(marks))
+    return COPY_BYTES / fastest / 1e6
 
 
 def commit() -> str:

@@ -3,48 +3,36 @@
 from __future__ import annotations
 
 import gc
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import AttentionInterface, PreTrainedModel, StaticCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine
-from retro_ops.benchmarks.timing import Timing, time_steps
+from retro_ops.benchmarks.prefill import make_model
+from retro_ops.benchmarks.timing import Timing, synchronize, time_steps
 from retro_ops.models import RetroCache
+from retro_ops.models.load import layer_devices
+from retro_ops.models.shapes import SHAPES
 
-SHAPES: dict[str, dict[str, int]] = {
-    "llama-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 128,
-    },
-}
 COLUMNS = (
     *("shape", "dtype", "context", "batch", "attention", "ms", "ms_20", "ms_80"),
-    *("tokens_per_s", "ratio", "gemm_percent", "attention_percent", "other_percent", "note"),
+    *("tokens_per_s", "ratio", "gemm_percent", "attention_percent", "other_percent"),
+    *("compile_s", "kernels", "note"),
 )
 """What a table shows of a row; the machine is in its title."""
 
 DENSE = "bench_dense"
 SPARE_TOKENS = 256
+WARM_UP = 5
+NAMED_KERNELS = 8
 
 
 def dense_attention(
@@ -81,7 +69,7 @@ def run(
     facts = machine.facts(device)
     for shape in shapes:
         for dtype in dtypes:
-            model = make_model(shape, dtype, device)
+            model = make_model(SHAPES[shape](), dtype, device)
             for tokens in contexts:
                 for rows in batch_sizes:
                     case = {
@@ -99,17 +87,12 @@ def run(
                         if dense_ms and "ms" in figure:
                             figure["ratio"] = dense_ms / figure["ms"]
                     yield [{**case, **figure, **facts} for figure in figures]
-
-
-def make_model(shape: str, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=1 << 21)
-    with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=dtype)
-    return model.eval()
+            del model  # before the next one is made
+            _clean(device)
 
 
 def _measure_or_say_why_not(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     attention: str,
     tokens: int,
     rows: int,
@@ -121,22 +104,27 @@ def _measure_or_say_why_not(
     except torch.OutOfMemoryError:
         return {"attention": attention, "note": "does not fit in memory"}
     finally:
-        torch.compiler.reset()
-        gc.collect()
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _clean(model.device)
 
 
-@torch.inference_mode()
+def _clean(device: torch.device) -> None:
+    """Frees graphs, and the memory that they and a cache had."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
 def _measure(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     attention: str,
     tokens: int,
     rows: int,
     config: RetroConfig,
     rounds: int,
 ) -> dict[str, Any]:
-    fill = _fill_dense if attention == "dense" else _fill_retro
+    fill = _fill_dense if attention == "dense" else fill_retro
     model.set_attn_implementation(DENSE if attention == "dense" else "retro")
     cache = fill(model, tokens, rows, config)
     mode = "reduce-overhead" if model.device.type == "cuda" else None
@@ -147,64 +135,106 @@ def _measure(
         logits = forward(input_ids=ids, past_key_values=cache, use_cache=True).logits
         ids.copy_(logits[:, -1].argmax(dim=1, keepdim=True))
 
-    timing = time_steps(model.device, step, rounds=rounds)
+    begin = time.perf_counter()
+    for _ in range(WARM_UP):  # compiles, warms up, records a CUDA graph
+        step()
+    synchronize(model.device)
+    seconds = time.perf_counter() - begin
+    timing = time_steps(model.device, step, rounds=rounds, warm_up=1)
     return {
         "attention": attention,
         "ms": timing.median_us / 1e3,
         "ms_20": timing.low_us / 1e3,
         "ms_80": timing.high_us / 1e3,
         "tokens_per_s": 1e6 * rows / timing.median_us,
+        "compile_s": seconds,
         **(_shares(step, timing) if model.device.type == "cuda" else {}),
     }
 
 
-def _layer_kv(model: LlamaForCausalLM, tokens: int, rows: int) -> tuple[Tensor, Tensor]:
-    shape = (rows, model.config.num_key_value_heads, tokens, model.config.head_dim)
-    generator = torch.Generator(model.device).manual_seed(0)
-    kwargs: dict[str, Any] = {
-        "dtype": model.dtype,
-        "device": model.device,
-        "generator": generator,
-    }
+def _layer_kv(
+    model: PreTrainedModel, tokens: int, rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    config = model.config
+    heads = config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    generator = torch.Generator(device).manual_seed(0)
+    kwargs: dict[str, Any] = {"dtype": model.dtype, "device": device, "generator": generator}
+    shape = (rows, heads, tokens, head_dim)
     return torch.randn(shape, **kwargs), torch.randn(shape, **kwargs)
 
 
-def _fill_dense(
-    model: LlamaForCausalLM, tokens: int, rows: int, config: RetroConfig
-) -> StaticCache:
+def _fill_dense(model: PreTrainedModel, tokens: int, rows: int, config: RetroConfig) -> StaticCache:
     cache = StaticCache(config=model.config, max_cache_len=tokens + SPARE_TOKENS)
-    keys, values = _layer_kv(model, tokens, rows)
+    keys, values = _layer_kv(model, tokens, rows, model.device)
     for layer in range(model.config.num_hidden_layers):
         cache.update(keys, values, layer)
     return cache
 
 
-def _fill_retro(model: LlamaForCausalLM, tokens: int, rows: int, config: RetroConfig) -> RetroCache:
-    cache = RetroCache(model.config, config, max_cache_len=tokens + SPARE_TOKENS, batch_size=rows)
-    keys, values = _layer_kv(model, tokens, rows)
-    for layer in cache.retro_layers:
-        layer.lazy_initialization(keys, values)
-        layer.prefill(keys, values, None)
+def fill_retro(
+    model: PreTrainedModel,
+    tokens: int,
+    rows: int,
+    config: RetroConfig,
+    *,
+    offload: bool = False,
+) -> RetroCache:
+    """A RetroCache full of random tokens, each layer on its device."""
+    cache = RetroCache(
+        model.config, config, max_cache_len=tokens + SPARE_TOKENS, batch_size=rows, offload=offload
+    )
+    made: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    for layer, device in zip(cache.retro_layers, layer_devices(model), strict=True):
+        if device not in made:
+            made[device] = _layer_kv(model, tokens, rows, device)
+        layer.lazy_initialization(*made[device])
+        layer.prefill(*made[device], None)
     return cache
 
 
-def _shares(step: Callable[[], None], timing: Timing) -> dict[str, float]:
-    """Per cent of a step's time on the GPU, by kind of kernel."""
-    from torch.profiler import ProfilerActivity, profile
+def _shares(step: Callable[[], None], timing: Timing) -> dict[str, Any]:
+    """Per cent of a step's time on the GPU, by kind of kernel, and of the kernels that take most.
+
+    Kernels that overlap count in full: the sum may exceed 100.
+    """
+    from torch.profiler import DeviceType, ProfilerActivity, profile
 
     steps = 3
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
+    kernels: dict[str, float] = {}
+    for event in profiled.events():
+        # Ranges that compiled code names span kernels, which would count twice.
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            name = _short(event.name)
+            kernels[name] = kernels.get(name, 0.0) + event.time_range.elapsed_us() / steps
     spent = {"gemm": 0.0, "attention": 0.0, "other": 0.0}
-    for event in profiled.key_averages():
-        name = event.key.lower()
-        if any(word in name for word in ("gemm", "nvjet", "gemv", "cutlass", "splitk")):
-            kind = "gemm"
-        elif any(word in name for word in ("retro", "flash", "fmha", "attention")):
-            kind = "attention"
-        else:
-            kind = "other"
-        spent[kind] += event.device_time_total / steps
-    return {f"{kind}_percent": 100 * us / timing.median_us for kind, us in spent.items()}
+    for name, us in kernels.items():
+        spent[_kind(name)] += us
+    percent = {name: 100 * us / timing.median_us for name, us in kernels.items()}
+    most = sorted(percent, key=lambda name: -percent[name])[:NAMED_KERNELS]
+    return {
+        **{f"{kind}_percent": 100 * us / timing.median_us for kind, us in spent.items()},
+        "kernels": ", ".join(
+            f"{name} {100 * kernels[name] / timing.median_us:.1f}" for name in most
+        ),
+    }
+
+
+def _kind(kernel: str) -> str:
+    name = kernel.lower()
+    if any(word in name for word in ("gemm", "nvjet", "gemv", "cutlass", "splitk")):
+        # FlashAttention's kernels are CUTLASS, and split the keys.
+        return "attention" if "flash" in name or "fmha" in name else "gemm"
+    return (
+        "attention" if any(w in name for w in ("retro", "flash", "fmha", "attention")) else "other"
+    )
+
+
+def _short(kernel: str) -> str:
+    """A kernel's name without its return type, template arguments and parameters."""
+    name = kernel.replace("(anonymous namespace)::", "").removeprefix("void ")
+    return re.split(r"[<(]", name, maxsplit=1)[0].strip()

@@ -1,4 +1,4 @@
-"""A model of random weights on one GPU and spread over several: time, and the cost of a hand-over."""
+"""A model of random weights on one GPU and on several: time, and what handing over costs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine
-from retro_ops.benchmarks.model import SHAPES, fill_retro
+from retro_ops.benchmarks.model import fill_retro
 from retro_ops.benchmarks.timing import synchronize, time_steps
 from retro_ops.models import spread
+from retro_ops.models.shapes import SHAPES
 
 COLUMNS = (
     *("shape", "layers", "dtype", "context", "batch", "devices", "offload", "ms", "ms_20", "ms_80"),
@@ -30,7 +31,7 @@ def run(
     batch_sizes: Sequence[int],
     dtype: torch.dtype,
     shape: str,
-    layers: int,
+    layers: int | None,
     config: RetroConfig,
     offload: bool,
     rounds: int,
@@ -46,27 +47,29 @@ def run(
         contexts: tokens.
         batch_sizes: rows.
         dtype: of the weights.
-        shape: a name of `benchmarks.model.SHAPES`.
-        layers: how many the model has; 0: as many as the shape.
+        shape: a name of `models.shapes`.
+        layers: how many the model has; None: as many as the shape.
         config: budgets and sizes.
         offload: keep keys and values in host memory.
         rounds: timed steps.
     """
     facts = machine.facts(devices[0])
-    sizes = dict(SHAPES[shape])
-    if layers:
-        sizes["num_hidden_layers"] = layers
+    model_config = SHAPES[shape]()
+    if layers is not None:
+        model_config.num_hidden_layers = layers
+        if getattr(model_config, "layer_types", None):
+            model_config.layer_types = model_config.layer_types[:layers]
     alone: dict[tuple[int, int], float] = {}
     for used in (list(devices[:1]), list(devices)):
         try:
-            model = make_model(sizes, dtype, used)
+            model = make_model(model_config, dtype, used)
         except torch.OutOfMemoryError:
             model = None
         for tokens in contexts:
             for rows in batch_sizes:
                 figure: dict[str, object] = {
                     "shape": shape,
-                    "layers": sizes["num_hidden_layers"],
+                    "layers": model_config.num_hidden_layers,
                     "dtype": str(dtype).removeprefix("torch."),
                     "context": tokens,
                     "batch": rows,
@@ -85,13 +88,12 @@ def run(
 
 
 def make_model(
-    sizes: dict[str, int], dtype: torch.dtype, devices: Sequence[torch.device]
+    config: PreTrainedConfig, dtype: torch.dtype, devices: Sequence[torch.device]
 ) -> PreTrainedModel:
-    """A Qwen2 of random weights, made on its devices and spread over them."""
-    config = Qwen2Config(**sizes, max_position_embeddings=1 << 21)
+    """A model of random weights, made on its devices and spread over them."""
     with torch.device("meta"):
-        model = Qwen2ForCausalLM._from_config(config, dtype=dtype, attn_implementation="retro")
-    decoder, count = model.model, sizes["num_hidden_layers"]
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="retro")
+    decoder, count = model.get_decoder(), config.num_hidden_layers
     share = -(-count // len(devices))
     for i, layer in enumerate(decoder.layers):
         layer.to_empty(device=devices[i // share])

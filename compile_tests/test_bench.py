@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from retro_ops import RetroLayer
+from retro_ops import RetroConfig, RetroLayer, cli
+from retro_ops.benchmarks import throughput
+from retro_ops.benchmarks.prefill import make_model
 from retro_ops.benchmarks.timing import Timing, time_in_turn
 from retro_ops.cli import main
+from retro_ops.models import RetroCache
+from retro_ops.models.shapes import SHAPES
 
 SMALL = ["--device", "cpu", "--rounds", "2", "--dtype", "float32", "--keys", "clustered"]
 
@@ -102,6 +109,18 @@ def test_bench_long_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "tokens must be a multiple of window" in capsys.readouterr().err
 
 
+def test_bench_spread(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    small = ["--model", "tiny", "--device", "cpu", "--context", "700", "--rounds", "2"]
+    assert main(["bench", "spread", *small, "--batch", "1,2", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    cases = [(row["devices"], row["batch"]) for row in rows]
+    assert cases == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    for row in rows:
+        assert 0 < row["ms_20"] <= row["ms"] <= row["ms_80"]
+        assert ("handover_percent" in row) == (row["devices"] == 2)
+
+
 BUFFER = ["bench", "buffer", "--policy", "lru,lfu", "--cache-ratio", "0.1", "--steps", "40"]
 
 
@@ -185,6 +204,139 @@ def test_bench_measures_nothing_when_retro_is_wrong(
     assert capsys.readouterr().out == ""
 
 
+SHAPE = ["--device", "cpu", "--model", "tiny", "--dtype", "float32"]
+
+
+def test_bench_throughput(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    plot, file = tmp_path / "throughput.png", tmp_path / "rows.json"
+    asked = ["--context", "2048", "--batch", "2", "--steps", "3", "--layers", "1", "--offload"]
+    files = ["--json", str(file), "--csv", str(tmp_path / "rows.csv"), "--plot", str(plot)]
+    assert main(["bench", "throughput", *SHAPE, *asked, *files]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["attention"] for row in rows] == ["dense", "retro", "retro offloaded"]
+    for row in rows:
+        assert row["batch"] == 2
+        assert row["tokens_per_s"] == pytest.approx(2e3 / row["ms"])
+        assert row["ratio"] == pytest.approx(row["tokens_per_s"] / rows[0]["tokens_per_s"])
+        assert row["best"] == "yes"
+        assert row["bound_ms"] > 0
+        assert 0 < row["end_to_end_tokens_per_s"] < row["tokens_per_s"]
+        assert row["prefill_s"] > 0
+        assert row["rows_host"] > 1
+        assert row["note"] == throughput.FILL
+        assert row["machine"]
+    # 64 clusters at least are more than 1.8 % of 124.
+    assert all(0 < row["bound_no_floor_ms"] < row["bound_ms"] for row in rows[1:])
+    assert 0 < rows[2]["hit_ratio"] < 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_throughput_steps_are_those_of_the_model() -> None:
+    """Layers of one compiled function, each with its own cache, write the tokens of the model."""
+    torch.manual_seed(0)
+    everything = RetroConfig(retrieval_budget=1.0)
+    model = make_model(SHAPES["tiny"](), torch.float32, torch.device("cpu"))
+    for parameter in model.parameters():  # logits that rounding does not turn
+        parameter.data.mul_(8 if parameter.dim() > 1 else 1)
+    whole = RetroCache(model.config, everything, max_cache_len=2400, batch_size=2)
+    reference = copy.deepcopy(model)
+    for layer in model.get_decoder().layers:
+        layer.self_attn.layer_idx = 0
+    study = throughput._Study(model, 2048, "clustered", everything, "greedy", 4)
+    caches, _ = study._fill(throughput.Case("retro", 2048, 2))
+    for layer, cache in zip(whole.retro_layers, caches, strict=True):
+        layer.lazy_initialization(*torch.zeros(2, 2, 2, 1, 16))
+        layer.load_state(cache.retro_layers[0].state())
+    counters.clear()
+    with torch.no_grad():
+        step, read, _ = study._step(caches, 2)
+        written = [read.clone()]
+        for _ in range(3):
+            step()
+            written.append(read.clone())
+    assert counters["stats"]["unique_graphs"] == 2  # a layer, and the end
+    reference.set_attn_implementation("retro")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(128, (2, 64), generator=generator)[:, :1]
+    expected = []
+    with torch.no_grad():
+        for _ in range(4):
+            logits = reference(input_ids=ids, past_key_values=whole).logits[:, -1]
+            best = logits.topk(2).values
+            assert (best[:, 0] - best[:, 1] > 1e-3).all()
+            ids = logits.argmax(dim=-1, keepdim=True)
+            expected.append(ids)
+    assert torch.cat(written, dim=1).tolist() == torch.cat(expected, dim=1).tolist()
+    # What a dense step moves: weights of two layers and the output, keys and values of the rows.
+    weights = 4 * (2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 128 * 64)
+    kv = 2 * 2 * 2 * 16 * 4 * (2048 + throughput.SPARE_TOKENS)
+    bound = study.bounds({"batch": 3}, gb_per_s=1.0, host_gb_per_s=1.0)
+    assert bound["bound_ms"] * 1e6 == pytest.approx(weights + 3 * kv)
+
+
+class FakeStudy:
+    """Throughput by rows; what does not fit or run raises."""
+
+    tokens, device = 1024, torch.device("cpu")
+
+    def __init__(self, most: int, speeds: dict[int, float | Exception]) -> None:
+        self.most, self.speeds = most, speeds
+
+    def limits(self, attention: str) -> dict[str, int]:
+        return {"rows_gpu": self.most, "rows_host": 99}
+
+    def measure(self, case: throughput.Case) -> dict[str, float]:
+        speed = self.speeds[case.rows]
+        if isinstance(speed, Exception):
+            raise speed
+        return {"ms": 1.0, "tokens_per_s": speed}
+
+
+@pytest.mark.parametrize(
+    ("most", "speeds", "tried", "best"),
+    [
+        (13, {13: 50, 8: 60, 4: 30}, [13, 8, 4], 8),
+        (8, {8: 50, 4: 40}, [8, 4], 8),
+        (1, {1: 50}, [1], 1),
+        (6, {6: torch.OutOfMemoryError(), 4: 5, 2: 4}, [6, 4, 2], 4),
+        (6, {6: NotImplementedError("not built")}, [6], None),
+        (0, {}, [0], None),
+    ],
+)
+def test_throughput_looks_for_the_best_batch(
+    most: int, speeds: dict[int, Any], tried: list[int], best: int | None
+) -> None:
+    study: Any = FakeStudy(most, speeds)
+    rows = list(throughput._best(study, "retro", None, lambda *args: None))
+    assert [row["batch"] for row in rows] == tried
+    assert [row["batch"] for row in rows if row.get("best")] == ([best] if best else [])
+    for row in rows:
+        assert ("note" in row) != ("ms" in row)
+
+
+def test_bench_prefill(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    asked = ["--context", "2048", "--offload", "--rounds", "1"]
+    assert main(["bench", "prefill", *SHAPE, *asked, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["attention"] for row in rows] == ["retro", "retro offloaded"]
+    for row in rows:
+        assert row["added_ms"] == pytest.approx(row["layer_ms"] - row["dense_ms"])
+        assert row["added_percent"] == pytest.approx(100 * row["added_ms"] / row["dense_ms"])
+        assert 0 < row["build_ms"] < row["layer_ms"]
+        assert 0 < row["whole_build_s"] < row["whole_s"]
+
+
+def test_bench_shapes_are_those_of_models() -> None:
+    assert list(cli.SHAPES) == list(SHAPES)
+
+
+def test_bench_memory_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "memory", "--device", "cpu"]) == 2
+    assert "bench memory: needs a GPU, got 'cpu'" in capsys.readouterr().err
+
+
 def test_calls_take_turns() -> None:
     calls: list[str] = []
     timings = time_in_turn(
@@ -208,6 +360,8 @@ def test_calls_take_turns() -> None:
         (["bench", "buffer", "--policy", "mru"], "names out of lru,lru2,lfu, got 'mru'"),
         (["bench", "buffer", "--cache-ratio", "0.1,2"], "must be numbers in 0..1, got '2'"),
         (["bench", "buffer", "--overlap", "all"], "must be numbers in 0..1, got 'all'"),
+        (["bench", "throughput", "--batch", "all"], "whole number from 1 on, got 'all'"),
+        (["bench", "throughput", "--model", "gpt"], "must be names out of llama-3-8b"),
         (["bench", "buffer", "--plot", "/no/such/folder/f.png"], "cannot write"),
     ],
 )

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from retro_ops import RetroConfig, RetroLayer
-from retro_ops.models import rope
+from retro_ops.models import memory, rope
 from retro_ops.models.prefill import PrefillAttention
 from retro_ops.models.support import check_model
 
@@ -656,9 +656,11 @@ class RetroCache(Cache):
         Raises:
             ValueError: wrong number of rows, or a prompt longer than `max_cache_len`.
             RuntimeError: a row would exceed `max_cache_len`.
+            MemoryError: the cache is new, and its buffers cannot all be allocated.
         """
         if layer_idx == 0:  # before any layer has changed
             self._check_room(key_states)
+            self._check_memory(key_states, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def early_initialization(self, batch_size: int, *args: Any, **kwargs: Any) -> None:
@@ -806,6 +808,8 @@ class RetroCache(Cache):
                 f"RetroCache.load: device must be one, or one for each of the {len(cache.layers)} "
                 f"layers, got {len(places)}"
             )
+        if "0.steady" in tensors:
+            cache._check_memory(*tensors["0.steady"])
         for index, (layer, place) in enumerate(zip(cache.layers, places, strict=True)):
             prefix = f"{index}."
             own = {
@@ -856,6 +860,14 @@ class RetroCache(Cache):
                 f"RetroCache was made for batch_size={self._rows}, got {rows} rows; "
                 f"make it with batch_size={rows}"
             )
+
+    def _check_memory(self, keys: Tensor, values: Tensor) -> None:
+        if not (
+            torch.compiler.is_compiling()
+            or keys.device.type == "meta"
+            or any(layer.is_initialized for layer in self.layers)
+        ):
+            memory.check_cache(self.layers, keys, values, self._rows, self._max_tokens)
 
     def _check_room(self, new: Tensor) -> None:
         rows, _, tokens, _ = new.shape

@@ -78,7 +78,10 @@ def load_model(
         FileNotFoundError: there is no such model, or it cannot be reached.
         ValueError: retro attention cannot serve the model, it does not read `context` tokens, or an
             argument is none that it can have.
+        MemoryError: the weights do not fit on the device; nothing is loaded then.
     """
+    from retro_ops.models import plan  # which imports this module
+
     if device is not None and device_map is not None:
         raise ValueError(
             f"load_model takes device or device_map, got {str(device)!r} and {device_map!r}"
@@ -93,11 +96,12 @@ def load_model(
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             config = AutoConfig.from_pretrained(path, **hub)
     except OSError as error:
-        raise _no_model(name) from error
+        raise no_model(name) from error
     prepare(config, attention=attention, context=context, rope_parameters=rope_parameters)
-    # All that a memory plan depends on is known here, and no weight has been read.
     if device is None and device_map is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device is not None and not kwargs:  # they may name other weights
+        plan.check_weights(name, config, dtype, device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -108,7 +112,7 @@ def load_model(
             **kwargs,
         )
     except OSError as error:
-        raise _no_model(name) from error
+        raise no_model(name) from error
     rope.without_switch(model)
     places = getattr(model, "hf_device_map", {})
     if len(set(places.values())) > 1 and not any(each.is_meta for each in model.parameters()):
@@ -244,7 +248,8 @@ def _known_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     return known
 
 
-def _no_model(name: str | Path) -> FileNotFoundError:
+def no_model(name: str | Path) -> FileNotFoundError:
+    """What to raise where there is no such model."""
     return FileNotFoundError(
         f"no model {str(name)!r}: it is not built in ({', '.join(BUILT_IN)}), not a directory with "
         "a model, and the Hugging Face hub did not give it"

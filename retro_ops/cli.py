@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # Headings of columns of words.
-LEFT = ("task", "group", "metric", "attention", "dtype", "keys", "shape", "trace", "policy")
+LEFT = ("task", "group", "metric", "attention", "dtype", "keys", "shape", "trace", "policy", "part")
 ATTENTIONS = ("dense", "retro")
+# Of models whose shape is known; the names of `retro_ops.models.shapes`.
+SHAPES = ("llama-3-8b", "llama-3.1-8b", "qwen2.5-7b", "qwen2.5-72b", "tiny")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError, NotImplementedError, ImportError) as error:
+    except (ValueError, OSError, NotImplementedError, ImportError, MemoryError) as error:
         print(f"{options.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -358,9 +360,10 @@ def _add_bench(commands: Any) -> None:
         kind.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
         kind.add_argument("--context", type=numbers, default="32768,131072", help="tokens")
         kind.add_argument("--batch", type=numbers, default="1", help="rows")
-        kind.add_argument("--dtype", type=names(tuple(DTYPES)), default="bfloat16,float32")
+        dtypes = "bfloat16" if name == "model" else "bfloat16,float32"
+        kind.add_argument("--dtype", type=names(tuple(DTYPES)), default=dtypes)
         if name == "model":
-            kind.add_argument("--shape", type=names(("llama-8b", "tiny")), default="llama-8b")
+            kind.add_argument("--shape", type=names(SHAPES), default=SHAPES[0])
         else:
             kind.add_argument("--keys", type=names(KINDS), default=",".join(KINDS))
         kind.add_argument("--rounds", type=number(1), default=3 if name == "build" else 30)
@@ -369,6 +372,10 @@ def _add_bench(commands: Any) -> None:
         _add_budgets(kind)
     _add_bench_buffer(kinds)
     _add_bench_long(kinds)
+    _add_bench_throughput(kinds)
+    _add_bench_prefill(kinds)
+    _add_bench_spread(kinds)
+    _add_bench_memory(kinds)
 
 
 def _add_bench_buffer(kinds: Any) -> None:
@@ -495,6 +502,188 @@ def _bench_long(options: argparse.Namespace) -> None:
             done = row["tokens"] - options.context
             progress(f"{done:,} of {options.tokens:,} tokens", done, options.tokens)
     _report(options, rows, long.COLUMNS if options.model is None else long.MODEL_COLUMNS)
+
+
+def batches(text: str) -> list[int] | None:
+    """A parser of numbers of rows, or None for "auto"."""
+    return None if text == "auto" else numbers(text)
+
+
+def _add_model_bench(kinds: Any, name: str, run: Any, help_: str, context: str) -> Parser:
+    """A benchmark of a model of random weights."""
+    kind = _command(kinds, name, run, help_)
+    kind.add_argument("--model", type=names(SHAPES), default=SHAPES[0], help="a shape")
+    kind.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
+    kind.add_argument("--context", type=numbers, default=context, help="tokens")
+    kind.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    kind.add_argument("--offload", action="store_true", help="KV stores in the host's memory")
+    kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
+    kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
+    _add_budgets(kind)
+    return kind
+
+
+def _place(options: argparse.Namespace) -> torch.device:
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _add_bench_throughput(kinds: Any) -> None:
+    kind = _add_model_bench(
+        kinds,
+        "throughput",
+        _bench_throughput,
+        "Decoding many rows at once, dense against retro, each at its best number of rows.",
+        "30000,60000,120000",
+    )
+    kind.add_argument(
+        "--batch", type=batches, default="auto", help="rows; auto: what fits, then fewer"
+    )
+    kind.add_argument("--attention", type=names(ATTENTIONS), default="dense,retro")
+    kind.add_argument("--keys", choices=KINDS, default=KINDS[0])
+    kind.add_argument(
+        "--tokens",
+        choices=("greedy", "random"),
+        default="greedy",
+        help="what a step reads: greedy steps are alike, random ones are not",
+    )
+    kind.add_argument("--steps", type=number(1), default=48, help="timed")
+    kind.add_argument("--answer", type=number(1), default=1024, help="tokens, for end to end")
+    kind.add_argument("--layers", type=number(1), help="of the model (all)")
+    kind.add_argument("--plot", type=new_file, metavar="FILE.png", help="draw tokens per second")
+
+
+def _bench_throughput(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import throughput
+
+    attentions = [*options.attention, *(["retro offloaded"] if options.offload else [])]
+    rows: list[dict[str, Any]] = []
+    with _progress() as progress:
+        for case in throughput.run(
+            device=_place(options),
+            shapes=options.model,
+            contexts=options.context,
+            batch_sizes=options.batch,
+            attentions=attentions,
+            dtype=DTYPES[options.dtype],
+            kind=options.keys,
+            config=_budgets(options),
+            next_tokens=options.tokens,
+            steps=options.steps,
+            answer=options.answer,
+            layers=options.layers,
+            plot=options.plot,
+            progress=progress,
+        ):
+            rows += case
+    _report(options, rows, throughput.COLUMNS)
+
+
+def _add_bench_prefill(kinds: Any) -> None:
+    kind = _add_model_bench(
+        kinds,
+        "prefill",
+        _bench_prefill,
+        "Reading a prompt: what building the index adds, in one layer and in a whole model.",
+        "120000",
+    )
+    kind.add_argument(
+        "--whole",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also a prompt through all layers",
+    )
+    kind.add_argument("--rounds", type=number(1), default=3)
+
+
+def _bench_prefill(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import prefill
+
+    rows = []
+    with _progress() as progress:
+        progress("reading prompts", 0, 1)
+        for row in prefill.run(
+            device=_place(options),
+            shapes=options.model,
+            contexts=options.context,
+            dtype=DTYPES[options.dtype],
+            config=_budgets(options),
+            offload=[False, True] if options.offload else [False],
+            whole=options.whole,
+            rounds=options.rounds,
+        ):
+            rows.append(row)
+            progress(f"{row['context']:,} tokens", 0, 1)
+    _report(options, rows, prefill.COLUMNS)
+
+
+def _add_bench_spread(kinds: Any) -> None:
+    kind = _add_model_bench(
+        kinds,
+        "spread",
+        _bench_spread,
+        "Decoding with layers on one device and on several: what handing over costs.",
+        "120000",
+    )
+    kind.add_argument("--devices", type=number(1), help="how many (all GPUs)")
+    kind.add_argument("--batch", type=numbers, default="1", help="rows")
+    kind.add_argument("--layers", type=number(1), help="of the model (all)")
+    kind.add_argument("--rounds", type=number(1), default=30)
+
+
+def _bench_spread(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import spread
+
+    first = _place(options)
+    count = options.devices or (torch.cuda.device_count() if first.type == "cuda" else 2)
+    devices = [torch.device(first.type, i if first.type == "cuda" else None) for i in range(count)]
+    rows: list[dict[str, Any]] = []
+    with _progress() as progress:
+        progress("one device", 0, 2)
+        for case in spread.run(
+            devices=devices,
+            contexts=options.context,
+            batch_sizes=options.batch,
+            dtype=DTYPES[options.dtype],
+            shape=options.model[0],
+            layers=options.layers,
+            config=_budgets(options),
+            offload=options.offload,
+            rounds=options.rounds,
+        ):
+            rows += case
+            progress(f"{case[0]['devices']} devices", len(rows), 0)
+    _report(options, rows, spread.COLUMNS)
+
+
+def _add_bench_memory(kinds: Any) -> None:
+    kind = _add_model_bench(
+        kinds,
+        "memory",
+        _bench_memory,
+        "The plan of `info` against the memory that a GPU was seen to hold.",
+        "32768",
+    )
+    kind.add_argument("--batch", type=numbers, default="1", help="rows")
+
+
+def _bench_memory(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import memory
+
+    rows = []
+    with _progress() as progress:
+        progress("measuring", 0, 1)
+        for row in memory.run(
+            device=_place(options),
+            models=options.model,
+            contexts=options.context,
+            batch_sizes=options.batch,
+            dtype=DTYPES[options.dtype],
+            config=_budgets(options),
+            offload=options.offload,
+        ):
+            rows.append(row)
+            progress(f"{row['context']:,} tokens, batch {row['batch']}", 0, 1)
+    _report(options, rows, memory.COLUMNS)
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -756,11 +945,137 @@ def _longbench(options: argparse.Namespace) -> None:
 
 
 def _add_info(commands: Any) -> None:
-    parser = _command(commands, "info", _info, "Say what is installed and what it runs on.")
+    parser = _command(
+        commands,
+        "info",
+        _info,
+        "Say what is installed and what it runs on; of a model, what memory it would take.",
+    )
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
+    group = parser.add_argument_group("memory of a model, of which nothing but its config is read")
+    group.add_argument(
+        "--model",
+        help="recall or recall-128k (in the package), gemma, a directory, a model of the hub, or a "
+        "shape: llama-3-8b, llama-3.1-8b, qwen2.5-7b, qwen2.5-72b",
+    )
+    group.add_argument(
+        "--context", type=number(2), default=131072, help="tokens of a row, prompt and answer"
+    )
+    group.add_argument("--batch-size", type=number(1), default=1, help="rows at once")
+    group.add_argument("--offload", action="store_true", help="KV stores in the host's memory")
+    group.add_argument("--dtype", choices=DTYPES, help="of the model (as its config says)")
+    group.add_argument(
+        "--prefill-chunk", type=number(2), help="tokens of a prompt at once (all of them)"
+    )
+    group.add_argument(
+        "--devices", type=number(0), help="GPUs; 0: the CPU (those that are there; else 0, or 1)"
+    )
+    group.add_argument(
+        "--device-memory", type=gibibytes, metavar="GiB", help="of each GPU (what is free, or 80)"
+    )
+    group.add_argument(
+        "--host-memory", type=gibibytes, metavar="GiB", help="of the host (what is free)"
+    )
+    _add_budgets(parser)
+
+
+def gibibytes(text: str) -> int:
+    """A parser of GiB; the result is bytes."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1 << 30:
+        raise argparse.ArgumentTypeError(f"must be a number of GiB above 0, got {text!r}")
+    return round(value * (1 << 30))
+
+
+def _memory(options: argparse.Namespace) -> Any:
+    """What there is to plan for: what is asked for, else what is free here."""
+    from retro_ops.models.memory import GIB, Memory, free_memory
+
+    free = free_memory()
+    count = options.devices
+    if count is None:
+        count = len(free.devices) or (1 if options.device_memory else 0)
+    devices = free.devices[:count]
+    if options.device_memory:
+        devices = (options.device_memory,) * count
+    elif len(devices) < count:
+        devices = (80 * GIB,) * count
+    return Memory(options.host_memory or free.host, devices)
+
+
+def _info_memory(options: argparse.Namespace) -> None:
+    from retro_ops.models.memory import GIB
+    from retro_ops.models.plan import ACTIVATIONS, PARTS, Planner, load_config
+
+    memory = _memory(options)
+    config = load_config(options.model)
+    planner = Planner(
+        config,
+        _budgets(options),
+        dtype=DTYPES.get(options.dtype),
+        offload=options.offload,
+        devices=memory.devices,
+        prefill_chunk=options.prefill_chunk,
+    )
+    plan = planner.plan(options.context, options.batch_size)
+    lines: dict[str, dict[str, int]] = {
+        part: {place: parts[part] for place, parts in plan.places.items() if part in parts}
+        for part in PARTS
+    }
+    lines = {part: line for part, line in lines.items() if any(line.values())}
+    lines["at most"] = {place: plan.total(place) for place in plan.places}
+    lines["there is"] = {place: memory.of(place) for place in plan.places}
+    rows, tokens = f"{options.batch_size:,}", f"{options.context:,}"
+    dtype = str(planner.dtype).removeprefix("torch.")
+    _print_table(
+        f"{options.model}, {tokens} tokens, batch {rows}, {dtype}"
+        f"{', offloaded' if options.offload else ''}: GiB",
+        {
+            "part": list(lines),
+            **{
+                place: [
+                    f"{line[place] / GIB:,.3f}" if place in line else "" for line in lines.values()
+                ]
+                for place in plan.places
+            },
+        },
+    )
+    if all(name in lines for name in ACTIVATIONS):
+        print("Of the two kinds of activations only the larger counts.")
+    batch = planner.largest_batch(options.context, memory)
+    longest = planner.longest_context(options.batch_size, memory)
+    lacks = plan.lacks(memory)
+    print(f"It does not fit: {lacks}." if lacks else "It fits.")
+    print(f"Largest batch of {tokens} tokens: {batch:,}.")
+    print(f"Longest context of {rows} {'row' if rows == '1' else 'rows'}: {longest:,} tokens.")
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions and positions < options.context:
+        print(f"The config is of a model for up to {positions:,} tokens.")
+    _write_json(
+        options.json,
+        {
+            "model": options.model,
+            "context": options.context,
+            "batch_size": options.batch_size,
+            "dtype": dtype,
+            "offload": options.offload,
+            "bytes": plan.places,
+            "total_bytes": lines["at most"],
+            "there_bytes": lines["there is"],
+            "fits": not lacks,
+            "largest_batch": batch,
+            "longest_context": longest,
+        },
+    )
 
 
 def _info(options: argparse.Namespace) -> None:
+    if options.model is not None:
+        _info_memory(options)
+        return
     import platform
     from importlib import metadata
 

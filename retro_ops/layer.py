@@ -282,6 +282,10 @@ class RetroLayer(nn.Module):
             out = without_backward("extend", out, argument)
         return out
 
+    def extend_bytes(self, tokens: int) -> int:
+        """About the bytes that `extend` of `tokens` tokens works in, besides its result."""
+        return turn.working_bytes(self, tokens)
+
     def crop(self, lengths: Tensor | int) -> None:
         """Forgets the latest tokens of each row, exactly, as far as they are in the steady zone.
 

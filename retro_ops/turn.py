@@ -121,6 +121,16 @@ def attend(
     return out
 
 
+def working_bytes(layer: RetroLayer, tokens: int) -> int:
+    """About what `attend` allocates at one time for `tokens` new tokens, besides its result."""
+    rows, heads, dim = layer.batch_size, layer.num_query_heads, layer.head_dim
+    at_once = max(LOGITS_AT_ONCE // (KEYS_AT_ONCE * rows * heads), 16)
+    queries = rows * heads * min(tokens, at_once)
+    block = rows * layer.num_kv_heads * KEYS_AT_ONCE * dim
+    # float32: logits, which become weights; queries, sums and a product; a block's tokens.
+    return 4 * (queries * KEYS_AT_ONCE + 3 * queries * dim + 2 * block)
+
+
 def append(layer: RetroLayer, keys: Tensor, values: Tensor, mask: Tensor) -> None:
     """Appends new tokens, and indexes those that leave the steady zone.
 

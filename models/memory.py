@@ -1,0 +1,147 @@
+"""Bytes: what a cache takes, and what there is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+GIB = 1 << 30
+HOST = "host"
+"""The name of the host's memory, beside "cuda:0" and so on."""
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that are free, or that there are: of the host, and of each GPU by its number."""
+
+    host: int
+    devices: tuple[int, ...] = ()
+
+    def of(self, place: str) -> int:
+        """Bytes of "host" or of "cuda:0" and so on; 0 for a GPU that is not there."""
+        if place == HOST:
+            return self.host
+        index = int(place.removeprefix("cuda:"))
+        return self.devices[index] if index < len(self.devices) else 0
+
+
+def in_gib(bytes_: int) -> str:
+    """Bytes as text, in GiB, or in MiB where there are few."""
+    return f"{bytes_ / GIB:,.2f} GiB" if bytes_ >= GIB / 10 else f"{bytes_ / (1 << 20):,.2f} MiB"
+
+
+def free_memory() -> Memory:
+    """What can be allocated now, on all GPUs that are in sight and on the host.
+
+    Of a GPU: what the driver has, and what torch's allocator holds without using it. Of the host:
+    Linux' MemAvailable, or less where a control group has less.
+    """
+    devices = tuple(_free_on_gpu(index) for index in range(torch.cuda.device_count()))
+    return Memory(free_on(torch.device("cpu")), devices)
+
+
+def free_on(device: torch.device) -> int:
+    """The same of one device only: asking a GPU takes some of its memory for a CUDA context."""
+    if device.type != "cuda":
+        available = psutil.virtual_memory().available
+        return min(available, _free_in_cgroup(CGROUP, available))
+    return _free_on_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _free_on_gpu(index: int) -> int:
+    unused = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    return torch.cuda.mem_get_info(index)[0] + unused
+
+
+def place_of(device: torch.device) -> str:
+    """In which memory tensors on a device lie."""
+    if device.type != "cuda":
+        return HOST
+    return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
+
+
+def layer_bytes(layer: Any, keys: Tensor, values: Tensor) -> dict[str, int]:
+    """Bytes of a layer's buffers by name, before they are allocated.
+
+    The layer makes them, on the meta device.
+
+    Args:
+        layer: of a RetroCache, not initialized; unchanged.
+        keys, values: `[B, Hkv, any, D]`; what counts is shapes and dtypes.
+    """
+    twin = copy.copy(layer)
+    twin.lazy_initialization(
+        *(
+            torch.empty((*tokens.shape[:2], 1, tokens.shape[3]), dtype=tokens.dtype, device="meta")
+            for tokens in (keys, values)
+        )
+    )
+    if twin.is_sliding:
+        buffers = {"keys": twin.keys, "values": twin.values}
+    else:
+        buffers = dict(twin.retro.named_buffers())
+    return {name: buffer.nbytes for name, buffer in buffers.items()}
+
+
+def host_buffers(layer: Any) -> tuple[str, ...]:
+    """Names of the buffers of a layer on a GPU that are in the host's memory."""
+    return ("store",) if getattr(layer, "offload_store", False) else ()
+
+
+def check_cache(
+    layers: Sequence[Any], keys: Tensor, values: Tensor, rows: int, max_length: int
+) -> None:
+    """Raises MemoryError unless the buffers of all layers of a RetroCache can be allocated.
+
+    Args:
+        layers: none of them initialized; all as the first one, whose tokens are `keys` and
+            `values`. With several GPUs in sight layers may lie on any: then it is the sum of them
+            that has to suffice.
+        rows, max_length: for the message.
+    """
+    place = place_of(keys.device)
+    need = {place: 0, HOST: 0}
+    for layer in layers:
+        for name, bytes_ in layer_bytes(layer, keys, values).items():
+            need[HOST if name in host_buffers(layer) else place] += bytes_
+    for where, bytes_ in need.items():
+        there = free_on(torch.device("cpu") if where == HOST else keys.device)
+        if where != HOST and bytes_ > there and torch.cuda.device_count() > 1:
+            there = sum(free_memory().devices)
+        if bytes_ > there:
+            fits = rows * there // bytes_
+            advice = f"batch_size at most {fits}" if fits else "a smaller max_cache_len"
+            if where != HOST and not any(host_buffers(layer) for layer in layers):
+                advice += ", or offload=True"
+            raise MemoryError(
+                f"RetroCache: {rows} rows of max_cache_len {max_length:,} tokens need "
+                f"{in_gib(bytes_)} on {where}, {in_gib(there)} are free; make it with {advice}"
+            )
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors; one that comes twice counts once."""
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def _free_in_cgroup(root: Path, otherwise: int) -> int:
+    """Bytes that this process' control group (version 2) may still take."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        statistics = (root / "memory.stat").read_text().split()
+    except FileNotFoundError:  # another system, or no control group with a limit
+        return otherwise
+    if limit == "max":
+        return otherwise
+    # Files that the kernel keeps in memory count as used, and go when memory is needed.
+    files = dict(zip(statistics[::2], statistics[1::2], strict=True)).get("inactive_file", "0")
+    return max(int(limit) - used + int(files), 0)
