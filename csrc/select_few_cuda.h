@@ -1,5 +1,6 @@
-// Chooses among clusters so few that the threads of one block hold all sort keys in their registers: the
-// same choice as select_kernel's, in an eighth of its instructions.
+// Chooses among so few clusters that one block of few threads holds all they need: the same choice as
+// select_kernel's, in a third of its instructions. Its code runs straight through, once, so short code
+// counts for as much as few instructions.
 #pragma once
 
 #include "select_keys_cuda.h"
@@ -7,12 +8,12 @@
 namespace retro {
 
 constexpr int kFewThreads = 512;
+constexpr int kFewBlocks = 2;  // of a processor, so that one may start beside the last scores
 constexpr int kFewWarps = kFewThreads / 32;
 constexpr int64_t kFewRetrieved = kFewThreads;  // a thread for each
 constexpr int kSpanBins = kBins / 32;           // a span of bins for each lane
 constexpr int kWarpSpans = 32 / kFewWarps;
-constexpr int kScoresTogether = 4;  // clusters of a thread whose scores are computed together
-constexpr int kRankLanes = 8;       // that compare one candidate with the others
+constexpr int kRankLanes = 8;  // that compare one candidate with the others
 
 // Threads of a block share this; norms, [G], lie behind it.
 template <int kKeys>
@@ -20,7 +21,7 @@ struct alignas(16) Few {
   // Of keys by bin; then, up to the bin in which retrieved clusters end, how many keys lie before each bin
   // and, as `chosen` fills, before the next.
   uint32_t bins[kBins];
-  // By id, with chunks of four exchanged so that copies meet in no bank; then the ids of the estimated.
+  // See exchanged(); at the end the ids of the estimated clusters.
   uint32_t keys[kFewThreads * kKeys];
   int32_t offsets[kFewThreads * kKeys + 4];
   // pair_of(id, key) of all that may be retrieved, in order of their bins.
@@ -36,25 +37,47 @@ struct alignas(16) Few {
   Budget budget;
 };
 
-// Where a thread's key lies among those of its warp. A row of 32 has 8 chunks of four.
+// Where a warp keeps the key that one of its lanes reads in one of its rows of 32. Keys are written by
+// rows, and read in chunks of four by threads whose clusters follow each other: neither meets in a bank.
 template <int kKeys>
 __device__ __forceinline__ int exchanged(int row, int column) {
   constexpr int kChunks = kKeys / 4;  // of a thread
   return row * 32 + (column ^ (row & (kChunks - 1)) * 4);
 }
 
+// The same by order of clusters.
 template <int kKeys>
 __device__ __forceinline__ int place_in_warp(int key) {
   return exchanged<kKeys>(key >> 5, key & 31);
 }
 
-// Sum over a block of counts that are alike in a warp.
+// Sum of the first `warps` totals, at most 32.
 __device__ __forceinline__ uint32_t warps_before(const uint32_t* totals, int warps) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   return __reduce_add_sync(kAllLanes, lane < warps ? totals[lane] : 0);
 }
 
-// pair_of(id, key) of the cluster of a rank among those of a range, for ranges of too many candidates.
+// How many of every kStep-th entry from `first` on, before `end`, are smaller.
+template <uint32_t kStep>
+__device__ __forceinline__ uint32_t
+count_smaller(const uint64_t* entries, uint32_t first, uint32_t end, uint64_t than) {
+  constexpr uint32_t kTogether = 4;
+  uint32_t smaller = 0;
+#pragma unroll 1
+  for (uint32_t i = first; i < end; i += kTogether * kStep) {
+    uint64_t some[kTogether];
+#pragma unroll
+    for (uint32_t k = 0; k < kTogether; ++k) {
+      some[k] = i + k * kStep < end ? entries[i + k * kStep] : ~0ull;
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < kTogether; ++k) smaller += some[k] < than;
+  }
+  return smaller;
+}
+
+// pair_of(id, key) of the cluster of a range's rank, for ranges of too many candidates: halves the range of
+// keys until one is left, then that of ids.
 template <int kKeys>
 __device__ __noinline__ uint64_t find_by_halves(Range range) {
   Few<kKeys>& shared = *reinterpret_cast<Few<kKeys>*>(shared_memory);
@@ -100,9 +123,11 @@ __device__ __noinline__ uint64_t find_by_halves(Range range) {
 
 // kGroups: G where it is 4 or 8, which come in chunks; 0 for any other.
 template <int kKeys, int kGroups>
-__global__ void __launch_bounds__(kFewThreads, 1)
+__global__ void __launch_bounds__(kFewThreads, kFewBlocks)
     select_few_kernel(const __grid_constant__ SelectParams params) {
-  constexpr int kAhead = kKeys < 16 ? kKeys : 16;  // of a thread's clusters that are under way
+  // A thread's clusters come in groups of four, two of which are under way.
+  constexpr int kRows = 4, kBuffers = 2;
+  static_assert(kKeys % (kRows * kBuffers) == 0);
   constexpr int kWidth = kGroups % 4 == 0 && kGroups > 0 ? 4 : 1;  // logits that come at once
   constexpr int kChunks = kKeys / 4;
   Few<kKeys>& shared = *reinterpret_cast<Few<kKeys>*>(shared_memory);
@@ -129,31 +154,36 @@ __global__ void __launch_bounds__(kFewThreads, 1)
   // A warp reads clusters that follow each other, a row of 32 at a time.
   const int first_read = warp * 32 * kKeys + lane;
   const float* ranked = params.ranked + (int64_t{task} * clusters + first_read) * groups;
-  float logits[kAhead][kWidth];
   const bool whole = first_read - lane + 32 * kKeys <= clusters;
-  const auto fetch = [&](int first_row, int g) {
-    const float* from = ranked + first_row * 32 * groups + g;
+  float logits[kBuffers][kRows][kWidth];
+  int fetched_row = 0, fetched_g = 0;
+  const auto fetch = [&](int buffer) {
+    float (&into)[kRows][kWidth] = logits[buffer];
+    const float* from = ranked + fetched_row * 32 * groups + fetched_g;
     const auto row = [&](int k) {
       const float* own = from + k * 32 * groups;
       if constexpr (kWidth == 4) {
         const float4 four = __ldcg(reinterpret_cast<const float4*>(own));
-        logits[k][0] = four.x, logits[k][1] = four.y, logits[k][2] = four.z, logits[k][3] = four.w;
+        into[k][0] = four.x, into[k][1] = four.y, into[k][2] = four.z, into[k][3] = four.w;
       } else {
-        logits[k][0] = *own;
+        into[k][0] = *own;
       }
     };
     if (whole) {
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k) row(k);
+      for (int k = 0; k < kRows; ++k) row(k);
     } else {
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        if (first_read + (first_row + k) * 32 < clusters) row(k);
-        else logits[k][0] = -INFINITY;
+      for (int k = 0; k < kRows; ++k) {
+        if (first_read + (fetched_row + k) * 32 < clusters) row(k);
+        else into[k][0] = -INFINITY;
       }
     }
+    fetched_g += kWidth;
+    if (fetched_g >= groups) fetched_g = 0, fetched_row += kRows;
   };
-  fetch(0, 0);
+#pragma unroll
+  for (int buffer = 0; buffer < kBuffers; ++buffer) fetch(buffer);
   if (choice.before != nullptr) {
     const int32_t* all_offsets = params.offsets + int64_t{task} * (clusters + 1);
 #pragma unroll 4
@@ -187,55 +217,49 @@ __global__ void __launch_bounds__(kFewThreads, 1)
   __syncthreads();
 
   const int live = shared.budget.live, retrieved = shared.budget.retrieved;
+  float scores[kRows];
+  int g = 0;
 #pragma unroll 1
-  for (int first_row = 0; first_row < kKeys; first_row += kAhead) {
-    float scores[kAhead];
-#pragma unroll(kGroups > 0 ? 2 : 1)
-    for (int g = 0; g < groups; g += kWidth) {
-      if (first_row > 0 || g > 0) fetch(first_row, g);
+  for (int row = 0; row < kKeys;) {
+#pragma unroll
+    for (int buffer = 0; buffer < kBuffers; ++buffer) {
       float norm[kWidth];
 #pragma unroll
       for (int x = 0; x < kWidth; ++x) norm[x] = norms[g + x];
+      uint32_t* into = shared.keys + warp * 32 * kKeys;
+      const bool last = g + kWidth >= groups;
+      // Alike in a warp. What is left out lies behind all other clusters, and in no bin.
+      if (first_read - lane + row * 32 < live) {
 #pragma unroll
-      for (int first = 0; first < kAhead; first += kScoresTogether) {
-        // A branch, alike in a warp, so that what has come is used before the rest has. What it leaves
-        // out lies behind all other clusters, and in no bin.
-        const bool any_live = first_read - lane + (first_row + first) * 32 < live;
-        const bool last = g + kWidth >= groups;
-        if (any_live) {
+        for (int k = 0; k < kRows; ++k) {
+          const float (&own)[kWidth] = logits[buffer][k];
 #pragma unroll
-          for (int k = first; k < first + kScoresTogether; ++k) {
-#pragma unroll
-            for (int x = 0; x < kWidth; ++x) {
-              const float share = exp2_of(logits[k][x] - norm[x]);
-              if (x > 0 || g > 0) scores[k] += share;
-              else scores[k] = logits[k][0] == -INFINITY ? NAN : share;  // without tokens
-            }
-            if (!last) continue;
-            const uint32_t key = sort_key(scores[k], false);
-            shared.keys[warp * 32 * kKeys + exchanged<kKeys>(first_row + k, lane)] = key;
-            atomicAdd(&shared.bins[first_bin(key)], 1u);
+          for (int x = 0; x < kWidth; ++x) {
+            const float share = exp2_of(own[x] - norm[x]);
+            if (x > 0 || g > 0) scores[k] += share;
+            else scores[k] = own[0] == -INFINITY ? NAN : share;  // without tokens
           }
-        } else if (last) {
-#pragma unroll
-          for (int k = first; k < first + kScoresTogether; ++k) {
-            shared.keys[warp * 32 * kKeys + exchanged<kKeys>(first_row + k, lane)] = ~0u;
-          }
+          if (!last) continue;
+          const uint32_t key = sort_key(scores[k], false);
+          into[exchanged<kKeys>(row + k, lane)] = key;
+          atomicAdd(&shared.bins[first_bin(key)], 1u);
         }
+      } else if (last) {
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) into[exchanged<kKeys>(row + k, lane)] = ~0u;
       }
+      if (fetched_row < kKeys) fetch(buffer);
+      g += kWidth;
+      if (g >= groups) g = 0, row += kRows;
     }
   }
-  __syncwarp();
   // From here on a thread's clusters follow each other.
   const int first_id = thread * kKeys;
-  uint32_t keys[kKeys];
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
+  const auto own_keys = [&](int c, uint32_t (&keys)[4]) {
     const int at = place_in_warp<kKeys>(lane * kKeys + 4 * c);
     const uint4 four = *reinterpret_cast<const uint4*>(shared.keys + warp * 32 * kKeys + at);
-    keys[4 * c] = four.x, keys[4 * c + 1] = four.y;
-    keys[4 * c + 2] = four.z, keys[4 * c + 3] = four.w;
-  }
+    keys[0] = four.x, keys[1] = four.y, keys[2] = four.z, keys[3] = four.w;
+  };
   __syncthreads();
 
   {  // The bins in which retrieved and estimated clusters end.
@@ -296,11 +320,18 @@ __global__ void __launch_bounds__(kFewThreads, 1)
       far_low = far_width = 0;
     }
     uint32_t near_bits = 0, far_bits = 0;
+#pragma unroll 1
+    for (int c = 0; c < kChunks; ++c) {
+      uint32_t keys[4], near = 0, far = 0;
+      own_keys(c, keys);
 #pragma unroll
-    for (int k = 0; k < kKeys; ++k) {
-      const uint32_t id = static_cast<uint32_t>(first_id + k);
-      if (pair_of(id, keys[k]) <= limit) near_bits |= 1u << k;
-      if (keys[k] - far_low <= far_width) far_bits |= 1u << k;
+      for (int k = 0; k < 4; ++k) {
+        const uint32_t id = static_cast<uint32_t>(first_id + 4 * c + k);
+        if (pair_of(id, keys[k]) <= limit) near |= 1u << k;
+        if (keys[k] - far_low <= far_width) far |= 1u << k;
+      }
+      near_bits |= near << 4 * c;
+      far_bits |= far << 4 * c;
     }
     const auto take = [&](uint32_t& bits) {
       const int id = first_id + __ffs(static_cast<int>(bits)) - 1;
@@ -333,11 +364,7 @@ __global__ void __launch_bounds__(kFewThreads, 1)
          start += kFewThreads / kRankLanes) {
       const uint32_t c = start + static_cast<uint32_t>(lane) / kRankLanes;
       const uint64_t own = c < candidates ? shared.candidates[c] : 0;
-      uint32_t smaller = 0;
-#pragma unroll 4
-      for (uint32_t i = part; i < candidates; i += kRankLanes) {
-        smaller += shared.candidates[i] < own;
-      }
+      uint32_t smaller = count_smaller<kRankLanes>(shared.candidates, part, candidates, own);
 #pragma unroll
       for (int step = 1; step < kRankLanes; step *= 2) {
         smaller += __shfl_xor_sync(kAllLanes, smaller, step);
@@ -352,9 +379,7 @@ __global__ void __launch_bounds__(kFewThreads, 1)
       const uint32_t id = static_cast<uint32_t>(own);
       const int bin = first_bin(static_cast<uint32_t>(own >> 32));
       const uint32_t first = bin > 0 ? shared.bins[bin - 1] : 0, end = shared.bins[bin];
-      uint32_t rank = first;
-#pragma unroll 1
-      for (uint32_t j = first; j < end; ++j) rank += shared.chosen[j] < own;
+      const uint32_t rank = first + count_smaller<1>(shared.chosen, first, end, own);
       if (rank >= static_cast<uint32_t>(retrieved)) continue;
       if (rank + 1 == static_cast<uint32_t>(retrieved)) shared.thresholds[0] = own;
       if (ids != nullptr) ids[rank] = static_cast<int32_t>(id);
@@ -370,11 +395,18 @@ __global__ void __launch_bounds__(kFewThreads, 1)
   uint32_t near_bits = 0, far_bits = 0;
   {
     const uint64_t near = shared.thresholds[0], far = shared.thresholds[1];
+#pragma unroll 1
+    for (int c = 0; c < kChunks; ++c) {
+      uint32_t keys[4], some_near = 0, some_far = 0;
+      own_keys(c, keys);
 #pragma unroll
-    for (int k = 0; k < kKeys; ++k) {
-      const uint64_t own = pair_of(static_cast<uint32_t>(first_id + k), keys[k]);
-      if (own <= near) near_bits |= 1u << k;
-      if (own <= far) far_bits |= 1u << k;
+      for (int k = 0; k < 4; ++k) {
+        const uint64_t own = pair_of(static_cast<uint32_t>(first_id + 4 * c + k), keys[k]);
+        if (own <= near) some_near |= 1u << k;
+        if (own <= far) some_far |= 1u << k;
+      }
+      near_bits |= some_near << 4 * c;
+      far_bits |= some_far << 4 * c;
     }
     const int held = min(max(live - first_id, 0), kKeys);
     if (choice.tail != nullptr && first_id < (live + 31) / 32 * 32) {
@@ -406,9 +438,13 @@ __global__ void __launch_bounds__(kFewThreads, 1)
 
   // Ids of the estimated clusters go out in whole lines.
   uint32_t at = warps_before(shared.far_totals, warp) + far_through - far_own;
+#pragma unroll 1
+  for (int c = 0; c < kChunks; ++c) {
+    const uint32_t some = far_bits >> 4 * c;
 #pragma unroll
-  for (int k = 0; k < kKeys; ++k) {
-    if (far_bits >> k & 1) shared.keys[at++] = static_cast<uint32_t>(first_id + k);
+    for (int k = 0; k < 4; ++k) {
+      if (some >> k & 1) shared.keys[at++] = static_cast<uint32_t>(first_id + 4 * c + k);
+    }
   }
   if (choice.before != nullptr) {
     int32_t* before = choice.before + task * (params.max_retrieved + 1);
