@@ -191,6 +191,9 @@ def assert_matches(arguments: Arguments, device: str) -> None:
         ([40, 25], 8, (0.0, 0, 1.0)),
         ([40, 25], 2, (1.0, 0, 1.0)),
         ([600, 1100], 2, (0.05, 64, 0.6)),
+        ([5000, 8100], 4, (0.018, 4, 0.232)),
+        ([9000, 700], 8, (0.018, 4, 0.232)),
+        ([1900, 40], 4, (0.3, 1, 0.4)),
         ([40, 25], 12, (0.2, 1, 0.4)),
         ([40, 25], 20, (0.2, 1, 0.4)),
     ],
@@ -200,6 +203,9 @@ def assert_matches(arguments: Arguments, device: str) -> None:
         "all estimated",
         "all retrieved",
         "several tasks",
+        "thousands",
+        "ten thousand",
+        "hundreds retrieved",
         "large groups",
         "MQA",
     ],
@@ -477,19 +483,20 @@ def test_estimates_any_index(
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_ties_go_to_the_lower_cluster(device: str, estimator: str) -> None:
+@pytest.mark.parametrize("clusters", [60, 2000, 3000])
+def test_ties_go_to_the_lower_cluster(device: str, estimator: str, clusters: int) -> None:
     """Equal clusters at the border of what is retrieved, and of what is estimated."""
     arguments = make(
-        Variant(rows=1, heads=1), [60], estimator=estimator, empty=0.0, room=0, strength=0.5
+        Variant(rows=1, heads=1), [clusters], estimator=estimator, empty=0.0, room=0, strength=0.5
     )
     arguments["centroids"][:] = arguments["centroids"][:, :, :, :1].clone()
-    arguments["centroids"][1, 0, 0] += torch.arange(60.0)[:, None]
+    arguments["centroids"][1, 0, 0] += torch.arange(float(clusters))[:, None]
     arguments["variances"][:] = 0.5
-    arguments["offsets"][:] = torch.arange(61) * 7
+    arguments["offsets"][:] = torch.arange(clusters + 1) * 7
     given = on_device(arguments, device)
     for kernels in every_kernel(device):
         retrieved, _, _ = wave_estimate(**given)
-        assert retrieved.flatten().tolist() == list(range(12)), kernels
+        assert retrieved.flatten().tolist() == list(range(clusters // 5)), kernels
     assert_matches(arguments, device)
 
 

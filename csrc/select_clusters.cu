@@ -2,8 +2,8 @@
 
 #include <cooperative_groups.h>
 
-#include "counters.h"
-#include "wave_estimate.h"
+#include "select_few_cuda.h"
+#include "select_keys_cuda.h"
 
 namespace retro {
 namespace {
@@ -12,14 +12,8 @@ namespace groups_of_threads = cooperative_groups;
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBins = 4096;
 constexpr int kThreadBins = kBins / kThreads;
-// The first bins are 64 to a factor of 2 in score, from 128 down; sums of at most G shares of 1 lie below
-// that as a rule, and what does not falls into the first bin.
-constexpr int kFirstShift = 17;
-constexpr uint32_t kFirstBin = (0xfffffffdu - 0x43000000u) >> kFirstShift;
-// Keys of one bin that are put in order by counting; a bin with more is cut into bins again.
-constexpr uint32_t kCandidates = kThreads / 2;
+static_assert(kCandidates <= kThreads / 2, "a thread for each candidate of both thresholds");
 // Retrieved clusters that are put in order by counting; beyond, by a sorting network.
 constexpr uint32_t kCountedRanks = 2048;
 constexpr int kLanesPerRank = 8;
@@ -28,52 +22,6 @@ constexpr int64_t kBlockKeys = 16384;
 constexpr int64_t kMostBlocks = 8;  // of a portable thread block cluster
 constexpr int kAhead = 8;           // scores of a thread that are under way
 constexpr int kTogether = 4;        // keys of a thread that are looked at together
-
-__device__ __forceinline__ uint64_t pair_of(uint32_t low, uint32_t high) {
-  return static_cast<uint64_t>(high) << 32 | low;
-}
-
-// Ascending keys are descending scores. A cluster without tokens, or whose score is not a number, comes
-// behind all others, with this key; ties go by id.
-constexpr uint32_t kLastKey = 0xfffffffeu;
-
-__device__ __forceinline__ uint32_t sort_key(float score, bool empty) {
-  return !empty && score >= 0.0f ? kLastKey - 1 - __float_as_uint(score) : kLastKey;
-}
-
-// A range of keys in which the last of the first k clusters lies.
-struct Range {
-  uint32_t low, high;  // first and last key
-  uint32_t rank;       // of that cluster among those of the range
-  uint32_t count;      // of clusters in the range
-
-  // In order, no two keys need more thought: their clusters are few, or they are equal.
-  __device__ __forceinline__ bool done() const { return count <= kCandidates || low == high; }
-  __device__ __forceinline__ bool holds(uint32_t key) const { return key - low <= high - low; }
-  __device__ __forceinline__ int shift() const {
-    const int bits = 32 - __clz(static_cast<int>(high - low));
-    return bits > 12 ? bits - 12 : 0;
-  }
-};
-static_assert(kBins == 1 << 12);
-
-__device__ __forceinline__ int first_bin(uint32_t key) {
-  const int bin = static_cast<int>(key >> kFirstShift) - static_cast<int>(kFirstBin);
-  return min(max(bin, 0), kBins - 1);
-}
-
-__device__ __forceinline__ void cut_first(int bin, Range& range) {
-  range.low = bin == 0 ? 0 : (kFirstBin + bin) << kFirstShift;
-  range.high = bin == kBins - 1 ? kLastKey : ((kFirstBin + bin + 1) << kFirstShift) - 1;
-}
-
-__device__ __forceinline__ void cut(int bin, Range& range) {
-  const int shift = range.shift();
-  const uint32_t low = range.low + (static_cast<uint32_t>(bin) << shift);
-  const uint32_t width = (1u << shift) - 1;
-  range.high = width < range.high - low ? low + width : range.high;
-  range.low = low;
-}
 
 // What the phases of a block share.
 struct alignas(16) State {
@@ -108,8 +56,6 @@ struct alignas(16) State {
     return retrieved <= static_cast<int32_t>(kCountedRanks);
   }
 };
-
-extern __shared__ uint4 shared_memory[];
 
 // Through these the compiler knows that it is shared memory.
 __device__ __forceinline__ State& state() { return *reinterpret_cast<State*>(shared_memory); }
@@ -162,15 +108,6 @@ struct Cluster {
     return variable;
   }
 };
-
-__device__ __forceinline__ uint32_t scan_warp(uint32_t sum) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint32_t other = __shfl_up_sync(kAllLanes, sum, step);
-    if (static_cast<int>(threadIdx.x) % 32 >= step) sum += other;
-  }
-  return sum;
-}
 
 // Sums over the threads of a block, in their order; each thread gets the sum of those before it.
 __device__ __forceinline__ uint32_t sum_before(uint32_t own, uint32_t& total) {
@@ -309,16 +246,6 @@ __device__ __forceinline__ void count_bits(int count) {
     state().near_count = near_total;
     state().far_count = far_total;
   }
-}
-
-// Slot and tokens of the cluster at `offset`. An index in disorder must not lead outside the store.
-__device__ __forceinline__ int32_t
-slot_of(const int32_t* offset, int64_t store_capacity, int32_t& tokens) {
-  const int32_t slot = offset[0];
-  tokens = offset[1] - slot;
-  const bool inside = slot >= 0 && tokens >= 0 && int64_t{slot} + tokens <= store_capacity;
-  if (!inside) tokens = 0;
-  return slot;
 }
 
 // The threshold of a range of equal keys: clusters come in order of their ids.
@@ -687,38 +614,16 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
     for (int g = warp; g < groups; g += kWarps) {
       const float2* sums = params.sums + task * params.score_blocks * groups + g;
-      float top = -INFINITY, sum = 0.0f;
-#pragma unroll 1
-      for (int i = lane; i < params.score_blocks; i += 32) {
-        const float2 own = sums[static_cast<int64_t>(i) * groups];
-        const float higher = fmaxf(top, own.x), origin = higher == -INFINITY ? 0.0f : higher;
-        sum = sum * exp2_of(top - origin) + own.y * exp2_of(own.x - origin);
-        top = higher;
-      }
-      float all = top;
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) {
-        all = fmaxf(all, __shfl_xor_sync(kAllLanes, all, step));
-      }
-      sum = top == -INFINITY ? 0.0f : sum * exp2_of(top - all);
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-      if (lane == 0) norms[g] = all + log2_of(sum);
+      const float norm = norm_of(
+          sums, block_sum(sums, lane, params.score_blocks, groups), params.score_blocks, groups);
+      if (lane == 0) norms[g] = norm;
     }
-    const int live = static_cast<int>(
-        counted_clusters < 0                     ? 0
-            : counted_clusters < params.clusters ? counted_clusters
-                                                 : params.clusters);
-    const int count = max(0, min(live - first, block_keys));
+    const Budget budget = budget_of(params, counted_clusters);
+    const int live = budget.live, count = max(0, min(live - first, block_keys));
     // A warp that has no norms to add up.
     const int other = thread - (kThreads - 32);
     if (other == 0 || other == 1) {
-      const int64_t most =
-          retrieved_count(params.retrieval_budget, params.min_retrieved_clusters, live);
-      const int retrieved =
-          static_cast<int>(most < params.max_retrieved ? most : params.max_retrieved);
-      const int estimated =
-          min(static_cast<int>(budget_count(params.estimation_budget, live)), live - retrieved);
+      const int retrieved = budget.retrieved, estimated = budget.estimated;
       const int wanted = other == 0 ? retrieved : retrieved + estimated;
       // The first and the last of all clusters need no search.
       shared.thresholds[other] = wanted == 0 ? 0 : ~0ull;
@@ -803,6 +708,32 @@ struct Plan {
   bool in_shared;
 };
 
+// The kernel for few clusters that takes them with the fewest keys to a thread; 0 if none does.
+int few_keys(const Launcher& launch, const SelectParams& params) {
+  if (params.max_retrieved > kFewRetrieved) return 0;
+  const int64_t norm_bytes = ceil_div(params.groups, 4) * 16, most = launch.shared_bytes();
+  const auto fits = [&](int keys, size_t bytes) {
+    return params.clusters <= int64_t{kFewThreads} * keys &&
+        static_cast<int64_t>(bytes) + norm_bytes <= most;
+  };
+  return fits(8, sizeof(Few<8>))  ? 8
+      : fits(16, sizeof(Few<16>)) ? 16
+      : fits(32, sizeof(Few<32>)) ? 32
+                                  : 0;
+}
+
+template <int kKeys>
+void launch_few(const Launcher& launch, const SelectParams& params) {
+  const auto run = [&](auto kernel) {
+    launch(
+        kernel, grid_of(params.batch * params.heads), kFewThreads,
+        static_cast<int64_t>(sizeof(Few<kKeys>)) + ceil_div(params.groups, 4) * 16, 1, params);
+  };
+  if (params.groups == 4) run(select_few_kernel<kKeys, 4>);
+  else if (params.groups == 8) run(select_few_kernel<kKeys, 8>);
+  else run(select_few_kernel<kKeys, 0>);
+}
+
 Plan plan_select(const Launcher& launch, const SelectParams& params) {
   Plan plan = {};
   const auto set_blocks = [&](int64_t blocks) {
@@ -848,6 +779,12 @@ void select_clusters(
     const Workspace& workspace,
     const SelectSpace& space,
     SelectParams& params) {
+  switch (few_keys(launch, params)) {
+    case 8: return launch_few<8>(launch, params);
+    case 16: return launch_few<16>(launch, params);
+    case 32: return launch_few<32>(launch, params);
+    default: break;
+  }
   const Plan plan = plan_select(launch, params);
   params.keys = workspace.at<uint32_t>(space.keys);
   params.order = workspace.at<uint64_t>(space.order);

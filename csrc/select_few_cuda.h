@@ -1,0 +1,483 @@
+// Chooses among so few clusters that one block of few threads holds all they need: the same choice as
+// select_kernel's, in a third of its instructions. Its code runs straight through, once, so short code
+// counts for as much as few instructions.
+#pragma once
+
+#include "select_keys_cuda.h"
+
+namespace retro {
+
+constexpr int kFewThreads = 512;
+constexpr int kFewBlocks = 2;  // of a processor, so that one may start beside the last scores
+constexpr int kFewWarps = kFewThreads / 32;
+constexpr int64_t kFewRetrieved = kFewThreads;  // a thread for each
+constexpr int kSpanBins = kBins / 32;           // a span of bins for each lane
+constexpr int kWarpSpans = 32 / kFewWarps;
+constexpr int kRankLanes = 8;  // that compare one candidate with the others
+
+// Threads of a block share this; norms, [G], lie behind it.
+template <int kKeys>
+struct alignas(16) Few {
+  // Of keys by bin; then, up to the bin in which retrieved clusters end, how many keys lie before each bin
+  // and, as `chosen` fills, before the next.
+  uint32_t bins[kBins];
+  // See exchanged(); at the end the ids of the estimated clusters.
+  uint32_t keys[kFewThreads * kKeys];
+  int32_t offsets[kFewThreads * kKeys + 4];
+  // pair_of(id, key) of all that may be retrieved, in order of their bins.
+  uint64_t chosen[kFewRetrieved + kCandidates];
+  uint64_t candidates[kCandidates];                     // of the last estimated
+  int32_t tokens[kFewRetrieved], slots[kFewRetrieved];  // of the retrieved clusters, by rank
+  uint32_t span_totals[32];                             // of bins
+  uint32_t far_totals[kFewWarps], token_totals[kFewWarps];
+  uint32_t half_totals[2][kFewWarps];
+  Range ranges[2];         // in which retrieved, and estimated clusters end
+  uint64_t thresholds[2];  // pair_of(id, key) of the last retrieved, and of the last estimated
+  uint32_t chosen_count, candidate_count;
+  Budget budget;
+};
+
+// Where a warp keeps the key that one of its lanes reads in one of its rows of 32. Keys are written by
+// rows, and read in chunks of four by threads whose clusters follow each other: neither meets in a bank.
+template <int kKeys>
+__device__ __forceinline__ int exchanged(int row, int column) {
+  constexpr int kChunks = kKeys / 4;  // of a thread
+  return row * 32 + (column ^ (row & (kChunks - 1)) * 4);
+}
+
+// The same by order of clusters.
+template <int kKeys>
+__device__ __forceinline__ int place_in_warp(int key) {
+  return exchanged<kKeys>(key >> 5, key & 31);
+}
+
+// Sum of the first `warps` totals, at most 32.
+__device__ __forceinline__ uint32_t warps_before(const uint32_t* totals, int warps) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return __reduce_add_sync(kAllLanes, lane < warps ? totals[lane] : 0);
+}
+
+// How many of every kStep-th entry from `first` on, before `end`, are smaller.
+template <uint32_t kStep>
+__device__ __forceinline__ uint32_t
+count_smaller(const uint64_t* entries, uint32_t first, uint32_t end, uint64_t than) {
+  constexpr uint32_t kTogether = 4;
+  uint32_t smaller = 0;
+#pragma unroll 1
+  for (uint32_t i = first; i < end; i += kTogether * kStep) {
+    uint64_t some[kTogether];
+#pragma unroll
+    for (uint32_t k = 0; k < kTogether; ++k) {
+      some[k] = i + k * kStep < end ? entries[i + k * kStep] : ~0ull;
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < kTogether; ++k) smaller += some[k] < than;
+  }
+  return smaller;
+}
+
+// pair_of(id, key) of the cluster of a range's rank, for ranges of too many candidates: halves the range of
+// keys until one is left, then that of ids.
+template <int kKeys>
+__device__ __noinline__ uint64_t find_by_halves(Range range) {
+  Few<kKeys>& shared = *reinterpret_cast<Few<kKeys>*>(shared_memory);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+  int parity = 0;
+  __syncthreads();  // half_totals may be used again
+  const auto count = [&](auto holds) {
+    uint32_t own = 0;
+#pragma unroll 4
+    for (int k = 0; k < kKeys; ++k) {
+      const uint32_t key = shared.keys[warp * 32 * kKeys + place_in_warp<kKeys>(lane * kKeys + k)];
+      own += holds(key, static_cast<uint32_t>(thread * kKeys + k));
+    }
+    own = __reduce_add_sync(kAllLanes, own);
+    uint32_t* totals = shared.half_totals[parity];
+    parity ^= 1;
+    if (lane == 0) totals[warp] = own;
+    __syncthreads();
+    return warps_before(totals, kFewWarps);
+  };
+  uint32_t low = range.low, high = range.high;
+#pragma unroll 1
+  while (low < high) {
+    const uint32_t width = (low - range.low) + (high - low) / 2;
+    const uint32_t found = count([&](uint32_t key, uint32_t) { return key - range.low <= width; });
+    if (found > range.rank) high = range.low + width;
+    else low = range.low + width + 1;
+  }
+  const uint32_t rank =
+      range.rank - count([&](uint32_t key, uint32_t) { return key - range.low < low - range.low; });
+  uint32_t first = 0, last = kFewThreads * kKeys - 1;
+#pragma unroll 1
+  while (first < last) {
+    const uint32_t middle = (first + last) / 2;
+    const uint32_t found =
+        count([&](uint32_t key, uint32_t id) { return key == low && id <= middle; });
+    if (found > rank) last = middle;
+    else first = middle + 1;
+  }
+  return pair_of(first, low);
+}
+
+// kGroups: G where it is 4 or 8, which come in chunks; 0 for any other.
+template <int kKeys, int kGroups>
+__global__ void __launch_bounds__(kFewThreads, kFewBlocks)
+    select_few_kernel(const __grid_constant__ SelectParams params) {
+  // A thread's clusters come in groups of four, two of which are under way.
+  constexpr int kRows = 4, kBuffers = 2;
+  static_assert(kKeys % (kRows * kBuffers) == 0);
+  constexpr int kWidth = kGroups % 4 == 0 && kGroups > 0 ? 4 : 1;  // logits that come at once
+  constexpr int kChunks = kKeys / 4;
+  Few<kKeys>& shared = *reinterpret_cast<Few<kKeys>*>(shared_memory);
+  float* norms = reinterpret_cast<float*>(&shared + 1);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+  release_successor();
+  const int task = static_cast<int>(blockIdx.x), b = task / static_cast<int>(params.heads);
+  const int groups = kGroups > 0 ? kGroups : static_cast<int>(params.groups);
+  const int clusters = static_cast<int>(params.clusters);
+  const Choice& choice = params.choice;
+#pragma unroll
+  for (int i = 0; i < kBins / 4 / kFewThreads; ++i) {
+    reinterpret_cast<uint4*>(shared.bins)[i * kFewThreads + thread] = make_uint4(0, 0, 0, 0);
+  }
+  wait_for_predecessor();
+
+  // What others wait for comes first: norms, and how many clusters to choose.
+  const float2* sums = params.sums + task * params.score_blocks * groups;
+  float2 own_sum = make_float2(-INFINITY, 0.0f);
+  int64_t counted_clusters = 0;
+  if (warp < groups) own_sum = block_sum(sums + warp, lane, params.score_blocks, groups);
+  if (warp == kFewWarps - 1) counted_clusters = choice.counters[b * kCounters + kClusters];
+  // A warp reads clusters that follow each other, a row of 32 at a time.
+  const int first_read = warp * 32 * kKeys + lane;
+  const float* ranked = params.ranked + (int64_t{task} * clusters + first_read) * groups;
+  const bool whole = first_read - lane + 32 * kKeys <= clusters;
+  float logits[kBuffers][kRows][kWidth];
+  int fetched_row = 0, fetched_g = 0;
+  const auto fetch = [&](int buffer) {
+    float (&into)[kRows][kWidth] = logits[buffer];
+    const float* from = ranked + fetched_row * 32 * groups + fetched_g;
+    const auto row = [&](int k) {
+      const float* own = from + k * 32 * groups;
+      if constexpr (kWidth == 4) {
+        const float4 four = __ldcg(reinterpret_cast<const float4*>(own));
+        into[k][0] = four.x, into[k][1] = four.y, into[k][2] = four.z, into[k][3] = four.w;
+      } else {
+        into[k][0] = *own;
+      }
+    };
+    if (whole) {
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) row(k);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        if (first_read + (fetched_row + k) * 32 < clusters) row(k);
+        else into[k][0] = -INFINITY;
+      }
+    }
+    fetched_g += kWidth;
+    if (fetched_g >= groups) fetched_g = 0, fetched_row += kRows;
+  };
+#pragma unroll
+  for (int buffer = 0; buffer < kBuffers; ++buffer) fetch(buffer);
+  if (choice.before != nullptr) {
+    const int32_t* all_offsets = params.offsets + int64_t{task} * (clusters + 1);
+#pragma unroll 4
+    for (int i = thread; i <= clusters; i += kFewThreads) {
+      copy_async_word(shared.offsets + i, all_offsets + i, true);
+    }
+  }
+  commit_copies();
+#pragma unroll 1
+  for (int g = warp; g < groups; g += kFewWarps) {
+    if (g != warp) own_sum = block_sum(sums + g, lane, params.score_blocks, groups);
+    const float norm = norm_of(sums + g, own_sum, params.score_blocks, groups);
+    if (lane == 0) norms[g] = norm;
+  }
+  if (thread == kFewThreads - 1) {
+    const Budget budget = budget_of(params, counted_clusters);
+    const int wanted = budget.retrieved + budget.estimated;
+    // The last of all clusters needs no search.
+    const bool searched = budget.estimated > 0 && wanted < budget.live;
+    shared.budget = budget;
+    shared.thresholds[0] = 0;
+    shared.thresholds[1] =
+        budget.estimated > 0 ? pair_of(static_cast<uint32_t>(budget.live) - 1, kLastKey) : 0;
+    // No key is 0: what is not searched for has no candidates.
+    shared.ranges[0] = {0, 0, static_cast<uint32_t>(budget.retrieved) - 1, 0};
+    shared.ranges[1] = {0, 0, searched ? static_cast<uint32_t>(wanted) - 1 : ~0u, 0};
+    shared.chosen_count = 0;
+    shared.candidate_count = 0;
+    choice.estimated_counts[task] = budget.estimated;
+  }
+  __syncthreads();
+
+  const int live = shared.budget.live, retrieved = shared.budget.retrieved;
+  float scores[kRows];
+  int g = 0;
+#pragma unroll 1
+  for (int row = 0; row < kKeys;) {
+#pragma unroll
+    for (int buffer = 0; buffer < kBuffers; ++buffer) {
+      float norm[kWidth];
+#pragma unroll
+      for (int x = 0; x < kWidth; ++x) norm[x] = norms[g + x];
+      uint32_t* into = shared.keys + warp * 32 * kKeys;
+      const bool last = g + kWidth >= groups;
+      // Alike in a warp. What is left out lies behind all other clusters, and in no bin.
+      if (first_read - lane + row * 32 < live) {
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) {
+          const float (&own)[kWidth] = logits[buffer][k];
+#pragma unroll
+          for (int x = 0; x < kWidth; ++x) {
+            const float share = exp2_of(own[x] - norm[x]);
+            if (x > 0 || g > 0) scores[k] += share;
+            else scores[k] = own[0] == -INFINITY ? NAN : share;  // without tokens
+          }
+          if (!last) continue;
+          const uint32_t key = sort_key(scores[k], false);
+          into[exchanged<kKeys>(row + k, lane)] = key;
+          atomicAdd(&shared.bins[first_bin(key)], 1u);
+        }
+      } else if (last) {
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) into[exchanged<kKeys>(row + k, lane)] = ~0u;
+      }
+      if (fetched_row < kKeys) fetch(buffer);
+      g += kWidth;
+      if (g >= groups) g = 0, row += kRows;
+    }
+  }
+  // From here on a thread's clusters follow each other.
+  const int first_id = thread * kKeys;
+  const auto own_keys = [&](int c, uint32_t (&keys)[4]) {
+    const int at = place_in_warp<kKeys>(lane * kKeys + 4 * c);
+    const uint4 four = *reinterpret_cast<const uint4*>(shared.keys + warp * 32 * kKeys + at);
+    keys[0] = four.x, keys[1] = four.y, keys[2] = four.z, keys[3] = four.w;
+  };
+  __syncthreads();
+
+  {  // The bins in which retrieved and estimated clusters end.
+    uint4 counts[kWarpSpans];
+    uint32_t own[kWarpSpans], total[kWarpSpans];
+    uint4* bins = reinterpret_cast<uint4*>(shared.bins) + warp * kWarpSpans * 32 + lane;
+#pragma unroll
+    for (int s = 0; s < kWarpSpans; ++s) {
+      counts[s] = bins[s * 32];
+      own[s] = counts[s].x + counts[s].y + counts[s].z + counts[s].w;
+      total[s] = __reduce_add_sync(kAllLanes, own[s]);
+      if (lane == 0) shared.span_totals[warp * kWarpSpans + s] = total[s];
+    }
+    const uint32_t near_rank = shared.ranges[0].rank, far_rank = shared.ranges[1].rank;
+    __syncthreads();
+    uint32_t start = warps_before(shared.span_totals, warp * kWarpSpans);
+#pragma unroll
+    for (int s = 0; s < kWarpSpans; start += total[s], ++s) {
+      const bool has_near = near_rank >= start, has_far = far_rank - start < total[s];
+      if (!has_near && !has_far) continue;
+      uint4 before;
+      before.x = start + scan_warp(own[s]) - own[s];
+      before.y = before.x + counts[s].x;
+      before.z = before.y + counts[s].y;
+      before.w = before.z + counts[s].z;
+      if (has_near) bins[s * 32] = before;
+#pragma unroll 1
+      for (int n = 0; n < 2; ++n) {
+        const uint32_t rank = n == 0 ? near_rank : far_rank;
+        if (rank - before.x >= own[s]) continue;
+        int bin = ((warp * kWarpSpans + s) * 32 + lane) * 4;
+        uint32_t less = before.x, count = counts[s].x;
+        if (rank >= before.y) less = before.y, count = counts[s].y, ++bin;
+        if (rank >= before.z) less = before.z, count = counts[s].z, ++bin;
+        if (rank >= before.w) less = before.w, count = counts[s].w, ++bin;
+        Range range = {0, 0, rank - less, count};
+        cut_first(bin, range);
+        shared.ranges[n] = range;
+        if (n == 0) shared.chosen_count = less + count;
+      }
+    }
+    __syncthreads();
+  }
+
+  // Lists what may be retrieved, and what may be the last estimated.
+  uint32_t chosen_count = shared.chosen_count;
+  {
+    const Range near_range = shared.ranges[0], far_range = shared.ranges[1];
+    uint64_t limit = pair_of(~0u, near_range.high);
+    if (near_range.count > kCandidates) {
+      limit = find_by_halves<kKeys>(near_range);
+      chosen_count = static_cast<uint32_t>(retrieved);
+    }
+    uint32_t far_low = far_range.low, far_width = far_range.high - far_range.low;
+    if (far_range.count > kCandidates) {
+      const uint64_t found = find_by_halves<kKeys>(far_range);
+      if (thread == 0) shared.thresholds[1] = found;
+      far_low = far_width = 0;
+    }
+    uint32_t near_bits = 0, far_bits = 0;
+#pragma unroll 1
+    for (int c = 0; c < kChunks; ++c) {
+      uint32_t keys[4], near = 0, far = 0;
+      own_keys(c, keys);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint32_t id = static_cast<uint32_t>(first_id + 4 * c + k);
+        if (pair_of(id, keys[k]) <= limit) near |= 1u << k;
+        if (keys[k] - far_low <= far_width) far |= 1u << k;
+      }
+      near_bits |= near << 4 * c;
+      far_bits |= far << 4 * c;
+    }
+    const auto take = [&](uint32_t& bits) {
+      const int id = first_id + __ffs(static_cast<int>(bits)) - 1;
+      bits &= bits - 1;
+      const int at = place_in_warp<kKeys>(id % (32 * kKeys));
+      return pair_of(static_cast<uint32_t>(id), shared.keys[warp * 32 * kKeys + at]);
+    };
+#pragma unroll 1
+    while (near_bits != 0) {
+      const uint64_t own = take(near_bits);
+      const int bin = first_bin(static_cast<uint32_t>(own >> 32));
+      shared.chosen[atomicAdd(&shared.bins[bin], 1u)] = own;
+    }
+#pragma unroll 1
+    while (far_bits != 0) {
+      const uint64_t own = take(far_bits);
+      shared.candidates[atomicAdd(&shared.candidate_count, 1u)] = own;
+    }
+    wait_for_copies<0>();
+    __syncthreads();
+  }
+
+  int32_t* ids =
+      choice.retrieved == nullptr ? nullptr : choice.retrieved + task * params.max_retrieved;
+  {
+    const uint32_t candidates = shared.candidate_count, far_rank = shared.ranges[1].rank;
+    const uint32_t part = static_cast<uint32_t>(lane) % kRankLanes;
+#pragma unroll 1
+    for (uint32_t start = static_cast<uint32_t>(warp) * (32 / kRankLanes); start < candidates;
+         start += kFewThreads / kRankLanes) {
+      const uint32_t c = start + static_cast<uint32_t>(lane) / kRankLanes;
+      const uint64_t own = c < candidates ? shared.candidates[c] : 0;
+      uint32_t smaller = count_smaller<kRankLanes>(shared.candidates, part, candidates, own);
+#pragma unroll
+      for (int step = 1; step < kRankLanes; step *= 2) {
+        smaller += __shfl_xor_sync(kAllLanes, smaller, step);
+      }
+      if (c < candidates && part == 0 && smaller == far_rank) shared.thresholds[1] = own;
+    }
+    // From the last warp on, which had the fewest candidates.
+#pragma unroll 1
+    for (uint32_t i = kFewThreads - 1 - static_cast<uint32_t>(thread); i < chosen_count;
+         i += kFewThreads) {
+      const uint64_t own = shared.chosen[i];
+      const uint32_t id = static_cast<uint32_t>(own);
+      const int bin = first_bin(static_cast<uint32_t>(own >> 32));
+      const uint32_t first = bin > 0 ? shared.bins[bin - 1] : 0, end = shared.bins[bin];
+      const uint32_t rank = first + count_smaller<1>(shared.chosen, first, end, own);
+      if (rank >= static_cast<uint32_t>(retrieved)) continue;
+      if (rank + 1 == static_cast<uint32_t>(retrieved)) shared.thresholds[0] = own;
+      if (ids != nullptr) ids[rank] = static_cast<int32_t>(id);
+      if (choice.before == nullptr) continue;
+      int32_t tokens;
+      shared.slots[rank] = slot_of(shared.offsets + id, choice.store_capacity, tokens);
+      shared.tokens[rank] = tokens;
+    }
+    __syncthreads();
+  }
+
+  // All that come no later than the last retrieved, and than the last estimated.
+  uint32_t near_bits = 0, far_bits = 0;
+  {
+    const uint64_t near = shared.thresholds[0], far = shared.thresholds[1];
+#pragma unroll 1
+    for (int c = 0; c < kChunks; ++c) {
+      uint32_t keys[4], some_near = 0, some_far = 0;
+      own_keys(c, keys);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint64_t own = pair_of(static_cast<uint32_t>(first_id + 4 * c + k), keys[k]);
+        if (own <= near) some_near |= 1u << k;
+        if (own <= far) some_far |= 1u << k;
+      }
+      near_bits |= some_near << 4 * c;
+      far_bits |= some_far << 4 * c;
+    }
+    const int held = min(max(live - first_id, 0), kKeys);
+    if (choice.tail != nullptr && first_id < (live + 31) / 32 * 32) {
+      const uint32_t tail = (held > 0 ? ~0u >> (32 - held) : 0) & ~(near_bits | far_bits);
+      uint32_t* words = choice.tail + task * ((clusters + 31) / 32);
+      if constexpr (kKeys == 32) words[thread] = tail;
+      else if constexpr (kKeys == 16) {
+        reinterpret_cast<uint16_t*>(words)[thread] = static_cast<uint16_t>(tail);
+      } else {
+        static_assert(kKeys == 8);
+        reinterpret_cast<uint8_t*>(words)[thread] = static_cast<uint8_t>(tail);
+      }
+    }
+    far_bits &= ~near_bits;
+  }
+  const uint32_t far_own = static_cast<uint32_t>(__popc(far_bits));
+  const uint32_t far_through = scan_warp(far_own);
+  int32_t own_tokens = 0;
+  uint32_t tokens_through = 0;
+  if (choice.before != nullptr && warp * 32 < retrieved) {
+    if (thread < retrieved) own_tokens = shared.tokens[thread];
+    tokens_through = scan_warp(static_cast<uint32_t>(own_tokens));
+  }
+  if (lane == 31) {
+    shared.far_totals[warp] = far_through;
+    shared.token_totals[warp] = tokens_through;
+  }
+  __syncthreads();
+
+  // Ids of the estimated clusters go out in whole lines.
+  uint32_t at = warps_before(shared.far_totals, warp) + far_through - far_own;
+#pragma unroll 1
+  for (int c = 0; c < kChunks; ++c) {
+    const uint32_t some = far_bits >> 4 * c;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (some >> k & 1) shared.keys[at++] = static_cast<uint32_t>(first_id + 4 * c + k);
+    }
+  }
+  if (choice.before != nullptr) {
+    int32_t* before = choice.before + task * (params.max_retrieved + 1);
+    int32_t* shift = choice.shift + task * params.max_retrieved;
+    const int32_t tokens = static_cast<int32_t>(warps_before(shared.token_totals, kFewWarps));
+    if (warp * 32 < retrieved) {
+      const int32_t through =
+          static_cast<int32_t>(warps_before(shared.token_totals, warp) + tokens_through);
+      if (thread < retrieved) {
+        before[thread + 1] = through;
+        shift[thread] = shared.slots[thread] - (through - own_tokens);
+      }
+    }
+    if (thread >= retrieved && thread < params.max_retrieved) {
+      before[thread + 1] = tokens;
+      shift[thread] = 0;
+    }
+    if (thread == 0) {
+      before[0] = 0;
+      unsigned long long* row =
+          reinterpret_cast<unsigned long long*>(choice.counters + b * kCounters);
+      atomicAdd(row + kRetrievedTokens, static_cast<unsigned long long>(tokens));
+      if (task == b * params.heads) atomicAdd(row + kSteps, 1ull);
+    }
+  }
+  if (ids != nullptr && thread >= retrieved && thread < params.max_retrieved) ids[thread] = -1;
+  __syncthreads();
+  const int estimated = shared.budget.estimated;
+  int32_t* estimated_ids = choice.estimated + int64_t{task} * clusters;
+#pragma unroll 4
+  for (int i = thread; i < estimated; i += kFewThreads) {
+    estimated_ids[i] = static_cast<int32_t>(shared.keys[i]);
+  }
+}
+
+}  // namespace retro
