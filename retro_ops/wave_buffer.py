@@ -100,8 +100,7 @@ def allocate(shapes: Shapes, device: torch.device, layers: int) -> dict[str, Ten
             if name not in ON_HOST:
                 buffers[name] = torch.zeros(shape, dtype=dtype, device=device)
                 continue
-            like = torch.empty(0, dtype=dtype, device=device)
-            buffers[name] = torch.ops.retro.host_tensor(like, list(shape))
+            buffers[name] = host_tensor(shape, dtype, device)
             if name != "store":
                 buffers[name].zero_()
     except (RuntimeError, torch.OutOfMemoryError) as error:
@@ -111,6 +110,14 @@ def allocate(shapes: Shapes, device: torch.device, layers: int) -> dict[str, Ten
             f"enough: {str(error).splitlines()[0]}"
         ) from None
     return buffers
+
+
+def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Pinned memory of the host as a tensor of a GPU; what it holds is not set."""
+    tensor: Tensor = torch.ops.retro.host_tensor(
+        torch.empty(0, dtype=dtype, device=device), list(shape)
+    )
+    return tensor
 
 
 def check_room(shapes: Shapes, device: torch.device, layers: int) -> None:
