@@ -428,7 +428,8 @@ struct Walker {
     if constexpr (kPaged) {
       const uint32_t token = static_cast<uint32_t>(u - before[rank]);
       const uint32_t page = token / static_cast<uint32_t>(page_size);
-      found.source = __ldg(sources + first_source[rank] + page);
+      // Not __ldg: this kernel may have begun before the one that writes it.
+      found.source = __ldcg(sources + first_source[rank] + page);
       found.within = static_cast<int32_t>(token - page * static_cast<uint32_t>(page_size));
     }
     return found;

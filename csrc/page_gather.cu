@@ -371,6 +371,7 @@ __global__ void __launch_bounds__(kCopyThreads)
   for (int64_t i = block * kCopyWarps + threadIdx.x / 32; i < count;
        i += params.blocks * kCopyWarps) {
     const FreshPage page = params.fresh[task * params.pages + i];
+    if (page.page < 0 || page.page >= params.pages) continue;  // a free list in disorder
     const int32_t chunks = page.tokens * params.row_chunks;
 #pragma unroll 4
     for (int32_t c = lane; c < chunks; c += 32) {
