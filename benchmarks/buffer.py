@@ -6,6 +6,7 @@ matter to the page cache, so a replay stores keys and values of 16 numbers.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +20,11 @@ from torch import Tensor
 from retro_ops import RetroConfig, RetroLayer, page_gather, update_pages, wave_buffer
 from retro_ops.benchmarks import machine
 from retro_ops.benchmarks.decode import HEAD_DIM, KV_HEADS, QUERIES, QUERY_HEADS, make_rows
-from retro_ops.benchmarks.timing import Timing, time_in_turn
+from retro_ops.benchmarks.timing import L2_BYTES, Timing, time_in_turn
 from retro_ops.models import RetroCache, load_model, load_tokenizer
 from retro_ops.models.prose import prose
 from retro_ops.models.recall import make_task
-from retro_ops.ops._contract import Counter, cluster_count, retrieved_count
+from retro_ops.ops._contract import Counter, RequestHeader, cluster_count, retrieved_count
 from retro_ops.ops.update_pages import POLICIES
 from retro_ops.testing import make_query
 
@@ -35,12 +36,19 @@ COLUMNS = (
     *("trace", "context", "batch", "layers", "overlap", "cache_ratio", "policy"),
     *("hit_ratio", "worst_layer", "missed_tokens_per_step", "evictions_per_step"),
     *("update_us", "update_us_20", "update_us_80", "us", "us_20", "us_80", "plain_us"),
+    *("miss_bytes", "floor_us", "bound_us"),
 )
 """What a table shows of a row; the machine is in its title."""
 
 COLD_STEPS = 16
 """First steps of a replay, which fill the cache; hit ratios are of those after them."""
 REPLAY_HEAD_DIM = 16
+ROWS_IN_A_GRAPH = 16
+"""On a GPU a graph has layers of so many rows: for what it waits at its end it waits once."""
+WARM_STEPS = 96
+"""Steps of a layer on a GPU before it is timed: its cache is full, and queries are known."""
+BUS_GB_PER_S = 50.0
+"""What a kernel reads from pinned memory of the host over PCIe 5.0 x16."""
 SKEW = 2.0
 """Made traces: a new cluster is the r-th most popular one with probability ~ (r + 20) ^ -SKEW."""
 DRIFT = 0.002
@@ -303,8 +311,124 @@ def decode_layer(
     }
 
 
+def decode_layers_on_gpu(
+    device: torch.device,
+    rows: int,
+    tokens: int,
+    config: RetroConfig,
+    policy: str,
+    rounds: int,
+    stay: float,
+    hbm_gb_per_s: float,
+) -> dict[str, object]:
+    """Steps of layers with the attention of Llama-3-8B in a CUDA graph, offloaded and not, in turn.
+
+    Each KV head looks for one of `QUERIES` things, some of them often, and at the next step for the
+    same with probability `stay`. Times are of one layer. The threads of the host have decided
+    before the next step, as in a model, whose steps are longer.
+
+    Raises:
+        AssertionError: the results differ in a bit.
+    """
+    keys, values = make_rows(rows, tokens, "clustered", torch.bfloat16, device)
+    count = max(ROWS_IN_A_GRAPH // rows, 1)
+    layers = {
+        offload: [
+            RetroLayer(
+                config,
+                batch_size=rows,
+                num_query_heads=QUERY_HEADS,
+                num_kv_heads=KV_HEADS,
+                head_dim=HEAD_DIM,
+                max_length=tokens + 1024,
+                dtype=keys.dtype,
+                device=device,
+                offload=offload,
+                _policy=policy,
+                _layers_to_come=count - place,
+            )
+            for place in range(count)
+        ]
+        for offload in (False, True)
+    }
+    for layer in (*layers[False], *layers[True]):
+        layer.prefill(keys[:, :, :-1], values[:, :, :-1])
+        layer.joins = layer is layers[True][-1]
+    last = keys[:, :, -1:].clone(), values[:, :, -1:].clone()
+    asked = torch.stack([make_query(keys, QUERY_HEADS, seed=seed) for seed in range(QUERIES)])
+    asked = asked.unflatten(2, (KV_HEADS, QUERY_HEADS // KV_HEADS))  # [Q, B, Hkv, G, 1, D]
+    del keys, values
+    query = asked[0].flatten(1, 2).clone()
+    graphs, outs = {}, {}
+    for offload, own in layers.items():
+        for layer in own:
+            layer.decode(query, *last)
+        torch.cuda.synchronize(device)
+        graphs[offload] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[offload]):
+            outs[offload] = [layer.decode(query, *last) for layer in own]
+    flush = torch.zeros(L2_BYTES // 4, dtype=torch.int32, device=device)
+    generator = torch.Generator().manual_seed(0)
+    row, head = torch.meshgrid(torch.arange(rows), torch.arange(KV_HEADS), indexing="ij")
+    wanted = torch.zeros(rows, KV_HEADS, dtype=torch.int64)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    before, ids_before, shared, all_ids = torch.zeros(len(Counter)), None, 0, 0
+    for step in range(WARM_STEPS + rounds):
+        fresh = (QUERIES * torch.rand(wanted.shape, generator=generator) ** 2).long()
+        wanted = torch.where(torch.rand(wanted.shape, generator=generator) < stay, wanted, fresh)
+        query.copy_(asked[wanted.to(device), row.to(device), head.to(device)].flatten(1, 2))
+        if step == WARM_STEPS:
+            before = _counted(layers[True])
+        for offload, graph in graphs.items():
+            flush.sum()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize(device)
+            if step >= WARM_STEPS:
+                times[offload].append(1e3 * begin.elapsed_time(end) / count)
+        torch.ops.retro.worker_pool(10.0)
+        assert all(map(torch.equal, outs[False], outs[True])), "offloading changes the result"
+        ids = layers[True][0].requests[..., len(RequestHeader) :].cpu()
+        if step >= WARM_STEPS and ids_before is not None:
+            shared += int((ids[..., :, None] == ids_before[..., None, :]).sum())
+            all_ids += ids.numel()
+        ids_before = ids
+    counts = (_counted(layers[True]) - before) / count
+    hits, misses = float(counts[Counter.PAGE_HITS]), float(counts[Counter.PAGE_MISSES])
+    missed_tokens = float(counts[Counter.MISSED_TOKENS]) / rounds
+    miss_bytes = missed_tokens * 2 * HEAD_DIM * 2
+    all_bytes = rows * layers[False][0].stats()["bytes_read_per_token"]
+    floor = max((all_bytes - miss_bytes) / hbm_gb_per_s, miss_bytes / BUS_GB_PER_S) / 1e3
+    timings = {offload: Timing.of(own) for offload, own in times.items()}
+    stats = [layer.stats() for layer in layers[True]]
+    updates = sum(own["page_updates"] for own in stats)
+    return {
+        "layers": count,
+        "overlap": shared / max(all_ids, 1),
+        "hit_ratio": hits / max(hits + misses, 1.0),
+        "missed_tokens_per_step": missed_tokens,
+        "evictions_per_step": float(counts[Counter.EVICTIONS]) / rounds,
+        "update_us": sum(own["page_update_us"] for own in stats) / max(updates, 1),
+        "us": timings[True].median_us,
+        "us_20": timings[True].low_us,
+        "us_80": timings[True].high_us,
+        "plain_us": timings[False].median_us,
+        "miss_bytes": miss_bytes,
+        "floor_us": floor,
+        "bound_us": 1.3 * floor + 20.0,
+    }
+
+
+def _counted(layers: Sequence[RetroLayer]) -> Tensor:
+    """Counters of all rows and layers, `[len(Counter)]` float64."""
+    return torch.stack([layer.counters.sum(dim=0) for layer in layers]).sum(dim=0).double().cpu()
+
+
 def run(
     *,
+    device: torch.device,
     traces: Sequence[str],
     contexts: Sequence[int] | None,
     batch_sizes: Sequence[int],
@@ -320,10 +444,11 @@ def run(
     """Rows of figures, for one trace after another.
 
     Args:
+        device: where layers run; traces are replayed on the CPU.
         traces: names out of `TRACES`.
         contexts: tokens; None: as in `CONTEXTS`, else 131,072.
         batch_sizes: rows, of made traces and layers; models have one.
-        overlaps: of made traces, fractions.
+        overlaps: of made traces, fractions; of layers on a GPU, how probably a head asks again.
         cache_ratios, policies: of the page cache; every trace with each of them.
         steps: of a trace.
         config: budgets and page size.
@@ -337,9 +462,24 @@ def run(
     if plot is not None:
         import_pyplot()
     facts = machine.facts(torch.device("cpu"))
+    on_gpu = device.type == "cuda" and "layer" in traces
+    hbm_gb_per_s = machine.copy_gb_per_s(device) if on_gpu else 0.0
     curves: dict[str, dict[str, Tensor]] = {}
     for name in traces:
         for context in contexts or [CONTEXTS.get(name, 131072)]:
+            if name == "layer" and device.type == "cuda":
+                for rows, stay in itertools.product(batch_sizes, overlaps):
+                    figures = []
+                    for ratio, policy in itertools.product(cache_ratios, policies):
+                        progress(f"{name}, {context:,} tokens, batch {rows}", 0, 1)
+                        sized = replace(config, cache_ratio=ratio)
+                        figure = decode_layers_on_gpu(
+                            device, rows, context, sized, policy, rounds, stay, hbm_gb_per_s
+                        )
+                        case = _case(f"{name} {stay:g}", context, rows, ratio, policy)
+                        figures.append({**case, **figure, **machine.facts(device)})
+                    yield figures
+                continue
             if name == "layer":
                 for rows in batch_sizes:
                     figures = []

@@ -122,6 +122,7 @@ def test_bench_spread(tmp_path: Path) -> None:
 
 
 BUFFER = ["bench", "buffer", "--policy", "lru,lfu", "--cache-ratio", "0.1", "--steps", "40"]
+BUFFER += ["--device", "cpu"]
 
 
 def test_bench_buffer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +151,27 @@ def test_bench_buffer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with (tmp_path / "rows.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     assert "hit_ratio" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_bench_buffer_on_a_gpu(tmp_path: Path) -> None:
+    sizes = ["--context", "8192", "--batch", "1,2", "--overlap", "0,0.95", "--rounds", "5"]
+    file = tmp_path / "rows.json"
+    named = ["--device", "cuda", "--trace", "layer", "--policy", "lfu"]
+    assert main([*BUFFER, *named, *sizes, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [(row["trace"], row["batch"], row["layers"]) for row in rows] == [
+        *(("layer 0", 1, 16), ("layer 0.95", 1, 16)),
+        *(("layer 0", 2, 8), ("layer 0.95", 2, 8)),
+    ]
+    for often, seldom in ((rows[1], rows[0]), (rows[3], rows[2])):
+        assert often["hit_ratio"] > seldom["hit_ratio"]
+        assert often["overlap"] > seldom["overlap"]
+        assert often["miss_bytes"] < seldom["miss_bytes"]
+    for row in rows:
+        assert 0 < row["us_20"] <= row["us"] <= row["us_80"]
+        assert 0 < row["floor_us"] < row["bound_us"]
+        assert row["update_us"] > 0
 
 
 def test_bench_buffer_records_a_model(tmp_path: Path) -> None:

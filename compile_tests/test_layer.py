@@ -58,13 +58,14 @@ class Tokens:
     """Keys and values of a context, and a query for every token."""
 
     def __init__(self, layer: RetroLayer, tokens: int, seed: int = 0) -> None:
-        dtype = layer.store.dtype
+        dtype, device = layer.store.dtype, layer.store.device
+        groups = (layer.batch_size, layer.num_kv_heads)
         self.keys, self.values = make_kv(
-            layer.batch_size, layer.num_kv_heads, tokens, layer.head_dim, dtype=dtype, seed=seed
+            *groups, tokens, layer.head_dim, dtype=dtype, device=device, seed=seed
         )
         shape = (layer.batch_size, layer.num_query_heads, tokens, layer.head_dim)
         generator = torch.Generator().manual_seed(seed + 1)
-        self.queries = (2 * torch.randn(shape, generator=generator)).to(dtype)
+        self.queries = (2 * torch.randn(shape, generator=generator)).to(device, dtype)
 
     def at(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of token `t`."""
@@ -408,11 +409,6 @@ def test_one_full_row_refuses_for_all_rows() -> None:
     with pytest.raises(RuntimeError, match="row 1 holds 100 of max_length 100"):
         layer.decode(*tokens.at(100))
     assert_unchanged(layer, before)
-
-
-def test_offload_is_not_there_yet_on_a_gpu() -> None:
-    with pytest.raises(NotImplementedError, match=r"offload=True is not built.*offload=False"):
-        make_layer(offload=True, device="cuda")
 
 
 def test_backward_raises() -> None:

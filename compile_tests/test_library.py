@@ -21,19 +21,25 @@ OPS = (
     "decode_attention",
     "grow_index",
     "merged_attention",
+    "offloaded_attention",
     "pack_clusters",
     "page_gather",
     "update_pages",
     "wave_estimate",
 )
-OTHERS = ("cpu_kernels", "library_version", "no_backward", "post_update_pages", "worker_pool")
+OTHERS = (
+    *("cpu_kernels", "host_bytes", "host_tensor", "library_version", "no_backward"),
+    *("post_update_pages", "update_counts", "worker_api", "worker_pool"),
+)
 # What the fakes of those that return something must return for `example_arguments`.
 RESULTS = {
     "cluster_gather": [([2, 3, 8, 2], "torch.int64")],
     "cluster_keys": [([2, 3, 5], "torch.int32")],
     "decode_attention": [([2, 6, 64], "torch.float32")],
     "merged_attention": [([2, 6, 64], "torch.float32"), ([2, 6], "torch.float32")],
+    "offloaded_attention": [([2, 6, 64], "torch.float32")],
     "page_gather": [([2, 3, 8, 3], "torch.int64")],
+    "host_tensor": [([2, 3], "torch.float32")],
     "no_backward": [([2, 3, 5, 64], "torch.float32")],
     "wave_estimate": [
         ([2, 3, 8], "torch.int32"),
@@ -54,7 +60,7 @@ for name in sorted(torch._C._dispatch_get_all_op_names()):
             results = getattr(torch.ops.retro, name)(**example_arguments(name))
         if isinstance(results, torch.Tensor):
             results = [results]
-        if name in ("cpu_kernels", "library_version", "worker_pool"):  # no tensor to fake
+        if isinstance(results, (int, str)) or name == "update_counts":  # no tensor to fake
             results = None
         print([name, [(list(result.shape), str(result.dtype)) for result in results or ()]])
 """

@@ -449,17 +449,63 @@ def with_pages(arguments: Arguments, page_size: int, seed: int = 0) -> Arguments
     page_size=st.sampled_from((1, 3, 8, 64)),
 )
 def test_where_a_page_lies_changes_no_bit(
-    variant: Variant, held: list[int], retrieved: int, cluster_tokens: int, page_size: int
+    device: str,
+    variant: Variant,
+    held: list[int],
+    retrieved: int,
+    cluster_tokens: int,
+    page_size: int,
 ) -> None:
     plain = make(variant, held[: variant.rows], retrieved, cluster_tokens=cluster_tokens)
     paged = with_pages(plain, page_size, variant.seed)
-    for kernels in every_kernel("cpu"):
+    on = [on_device(arguments, device) for arguments in (paged, plain)]
+    for kernels in every_kernel(device):
         for actual, expected in zip(
-            merged_attention(**paged), merged_attention(**plain), strict=True
+            *(merged_attention(**arguments) for arguments in on), strict=True
         ):
             assert_same(actual, expected, kernels)
     for actual, expected in zip(reference(**paged), reference(**plain), strict=True):
         assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("ranks", [853, 854, 1281])
+def test_pages_of_many_ranks(device: str, ranks: int) -> None:
+    """As many as a block of the GPU keeps the places of in its own memory, and more."""
+    plain = make(Variant(rows=1, heads=2, groups=4, head_dim=128), [40], ranks, cluster_tokens=9)
+    on = [on_device(arguments, device) for arguments in (with_pages(plain, 8), plain)]
+    for actual, expected in zip(*(merged_attention(**arguments) for arguments in on), strict=True):
+        assert_same(actual, expected)
+
+
+@pytest.mark.gpu
+def test_captures_with_pages() -> None:
+    first = with_pages(make(Variant(), [90, 7], 17), 4)
+    second = {**first, "query": first["query"].flip(0)}
+    assert_captures(merged_attention, on_device(first, "cuda"), on_device(second, "cuda"))
+
+
+@pytest.mark.gpu
+def test_wrong_pages_do_not_lead_outside() -> None:
+    """What the CPU refuses; a GPU is not waited for, it reads the store, or nothing."""
+    plain = make(Variant(), [9, 3], 5, poison=False)
+    paged = with_pages(plain, 4)
+    paged["store"] = plain["store"]
+    for page in (-2, -(2**31), 1000, 2**31 - 1):
+        wrong = on_device(paged, "cuda")
+        wrong["page_table"].fill_(page)
+        for actual, expected in zip(
+            merged_attention(**wrong), merged_attention(**on_device(plain, "cuda")), strict=True
+        ):
+            assert_same(actual, expected, f"page {page}")
+    for entry in (-1, 5000, 2**63 - 1):
+        wrong = on_device(paged, "cuda")
+        wrong["addresses"][..., 2] = entry
+        nothing = on_device(plain, "cuda")
+        nothing["addresses"].zero_()
+        for actual, expected in zip(
+            merged_attention(**wrong), merged_attention(**nothing), strict=True
+        ):
+            assert_same(actual, expected, f"entry {entry}")
 
 
 def paged_and_refusable() -> Arguments:

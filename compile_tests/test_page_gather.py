@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,44 +60,67 @@ def make(
     offsets[..., 1:] = sizes.cumsum(dim=2)
     tokens = int(offsets.max()) if offsets.numel() else 0
     store = variant.normal(generator, 2, *groups, tokens + spare_tokens, variant.head_dim)
-    cache = variant.normal(generator, 2, *groups, pages * page_size, variant.head_dim)
-    table = torch.full((*groups, store.shape[3] // page_size + clusters), -1, dtype=torch.int32)
-    free = torch.zeros(*groups, len(FreeHeader) + pages, dtype=torch.int32)
-    cached = torch.zeros(*groups, clusters, dtype=torch.uint8)
     retrieved = torch.full((*groups, ranks), -1, dtype=torch.int32)
     for row in range(variant.rows):
         for head in range(variant.heads):
-            unused = torch.randperm(pages, generator=generator).tolist()
-            for cluster in torch.randperm(clusters, generator=generator).tolist():
-                first = int(offsets[row, head, cluster])
-                entry = first // page_size + cluster
-                count = -(-int(sizes[row, head, cluster]) // page_size)
-                in_all, in_part = (torch.rand(2, generator=generator) < 0.5).tolist()
-                for page in range(count):
-                    if len(unused) > pages // 4 and (in_all or (in_part and page % 2)):
-                        table[row, head, entry + page] = unused.pop()
-                        cached[row, head, cluster] += 1
-            free[row, head, FreeHeader.STEP] = 7
-            free[row, head, FreeHeader.COUNT] = len(unused)
-            free[row, head, 2 : 2 + len(unused)] = torch.tensor(unused, dtype=torch.int32)
             named = torch.randperm(clusters, generator=generator)[:ranks]
             named[torch.rand(named.shape, generator=generator) < 0.2] = -1
             retrieved[row, head, : len(named)] = named
-    decisions = draw(clusters + 6, 2 + pages).int() - 3
-    decisions[..., 0] = draw(2).int() + 6
-    decisions[..., 1] = draw(pages + 4).int() - 1
+    cache = make_cache(variant, offsets, store, ranks, pages, page_size)
+    cache["pages"] = in_layout(cache["pages"], variant.writable_layout)
     return {
         "retrieved": in_layout(retrieved, variant.layout),
         "offsets": in_layout(offsets, variant.layout),
         "store": in_layout(store, variant.layout),
-        "pages": in_layout(cache, variant.writable_layout),
+        **cache,
+        "counters": variant.counters(),
+        "page_size": page_size,
+    }
+
+
+def make_cache(
+    variant: Variant, offsets: Tensor, store: Tensor, ranks: int, pages: int, page_size: int
+) -> Arguments:
+    """The page cache of an index: what is in holds the tokens of the store, other pages NaN."""
+    generator = variant.generator
+    groups, clusters = (variant.rows, variant.heads), offsets.shape[2] - 1
+
+    def draw(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, (*groups, *shape), generator=generator)
+
+    cache = torch.full((2, *groups, pages * page_size, store.shape[4]), torch.nan).to(store)
+    table = torch.full((*groups, store.shape[3] // page_size + clusters), -1, dtype=torch.int32)
+    free = torch.zeros(*groups, len(FreeHeader) + pages, dtype=torch.int32)
+    cached = torch.zeros(*groups, clusters, dtype=torch.uint8)
+    for row in range(variant.rows):
+        for head in range(variant.heads):
+            unused = torch.randperm(pages, generator=generator).tolist()
+            begin = offsets[row, head].tolist()
+            for cluster in torch.randperm(clusters, generator=generator).tolist():
+                tokens = begin[cluster + 1] - begin[cluster]
+                entry = begin[cluster] // page_size + cluster
+                in_all, in_part = (torch.rand(2, generator=generator) < 0.5).tolist()
+                for place in range(-(-tokens // page_size)):
+                    if len(unused) <= pages // 4 or not (in_all or (in_part and place % 2)):
+                        continue
+                    page = table[row, head, entry + place] = unused.pop()
+                    cached[row, head, cluster] += 1
+                    slot, count = place * page_size, min(page_size, tokens - place * page_size)
+                    held = store[:, row, head, begin[cluster] + slot :][:, :count]
+                    cache[:, row, head, page * page_size :][:, :count] = held
+            free[row, head, FreeHeader.STEP] = 7
+            free[row, head, FreeHeader.COUNT] = len(unused)
+            free[row, head, 2 : 2 + len(unused)] = torch.tensor(unused, dtype=torch.int32)
+    decisions = draw(clusters + 6, 2 + pages).int() - 3
+    decisions[..., 0] = draw(2).int() + 6
+    decisions[..., 1] = draw(pages + 4).int() - 1
+    return {
+        "pages": cache,
         "page_table": table,
         "free_pages": free,
         "decisions": decisions,
         "requests": draw(1000, 3 + ranks).int(),
         "cached": cached,
-        "counters": variant.counters(),
-        "page_size": page_size,
     }
 
 
@@ -105,11 +130,15 @@ def live(free_pages: Tensor) -> Tensor:
     return free_pages.masked_fill(place >= free_pages[..., FreeHeader.COUNT, None], -1)
 
 
-def assert_matches(arguments: Arguments) -> None:
-    actual, expected = on_device(arguments, "cpu"), on_device(arguments, "cpu")
-    assert_same(page_gather(**actual), reference(**expected), "addresses")
+def assert_matches(arguments: Arguments, device: str) -> None:
+    actual, expected = on_device(arguments, device), on_device(arguments, "cpu")
+    addresses, expected_addresses = page_gather(**actual), reference(**expected)
     for each in (actual, expected):
-        each["free_pages"] = live(each["free_pages"])
+        each["free_pages"] = live(each["free_pages"].cpu())
+    # First what was decided, then what follows from it.
+    for name in ("counters", "free_pages", "requests", "cached", "page_table"):
+        assert_same(actual[name], expected[name], name)
+    assert_same(addresses, expected_addresses, "addresses")
     for name, value in actual.items():
         if isinstance(value, Tensor):
             assert_same(value, expected[name], name)
@@ -123,10 +152,28 @@ def assert_matches(arguments: Arguments) -> None:
     ids=["none asked", "one", "no clusters", "no pages", "many", "pages of 3"],
 )
 def test_matches_reference(
-    layout: str, dtype: torch.dtype, ranks: int, clusters: int, pages: int, page_size: int
+    device: str,
+    layout: str,
+    dtype: torch.dtype,
+    ranks: int,
+    clusters: int,
+    pages: int,
+    page_size: int,
 ) -> None:
-    variant = Variant(layout=layout, dtype=dtype, head_dim=16)
-    assert_matches(make(variant, ranks, clusters, pages, page_size=page_size))
+    variant = Variant(layout=layout, dtype=dtype, head_dim=16, device=device)
+    assert_matches(make(variant, ranks, clusters, pages, page_size=page_size), device)
+
+
+@pytest.mark.parametrize("ranks", [513, 1300])
+def test_more_than_the_threads_of_a_block(device: str, ranks: int) -> None:
+    """Retrieved, and listed as those that may go, some of them twice."""
+    variant = Variant(rows=1, heads=1, head_dim=16, device=device)
+    arguments = make(variant, ranks, 1500, 1300, page_size=8)
+    listed = arguments["decisions"][0, 0, 2:]
+    listed.copy_(torch.randperm(1300, generator=variant.generator))
+    listed[40:700] = listed[:660].clone()
+    arguments["decisions"][..., 1] = 1290
+    assert_matches(arguments, device)
 
 
 def refusable() -> Arguments:
@@ -271,25 +318,28 @@ def test_rejects_values_that_lead_outside() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "padded", "permuted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("ranks", [5, 0])
-def test_opcheck(layout: str, dtype: torch.dtype, ranks: int) -> None:
-    arguments = make(Variant(layout=layout, dtype=dtype, head_dim=16), ranks, 9, 6)
-    if layout == "padded":  # NaN around a tensor is no difference of results
+def test_opcheck(device: str, layout: str, dtype: torch.dtype, ranks: int) -> None:
+    arguments = make(Variant(layout=layout, dtype=dtype, head_dim=16, device=device), ranks, 9, 6)
+    # NaN is no difference of results.
+    arguments["pages"].nan_to_num_()
+    if layout == "padded":
         arguments["store"] = arguments["store"].nan_to_num()
+        arguments["pages"] = arguments["pages"].clone()
+    arguments = on_device(arguments, device)
     torch.library.opcheck(torch.ops.retro.page_gather.default, tuple(arguments.values()))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles(backend: str) -> None:
-    first = make(Variant(rows=2, heads=3, head_dim=16), 5, 9, 6)
+def test_compiles(device: str, backend: str) -> None:
+    first = on_device(make(Variant(rows=2, heads=3, head_dim=16), 5, 9, 6), device)
     second = make(Variant(rows=3, heads=4, head_dim=32), 8, 21, 12, spare_tokens=7)
+    second = on_device(second, device)
     assert_compiles(page_gather, first, backend=backend)
     assert_compiles(page_gather, first, second, backend=backend)
 
 
 @pytest.mark.gpu
 def test_captures() -> None:
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("retro::page_gather", "CUDA"):
-        pytest.skip("page_gather has no CUDA kernel yet")
     first = make(Variant(device="cuda"), 40, 90, 70)
     second = {**first, "retrieved": first["retrieved"].flip(2)}
     assert_captures(page_gather, on_device(first, "cuda"), on_device(second, "cuda"))
@@ -305,14 +355,22 @@ def test_captures() -> None:
     largest=st.sampled_from((1, 14, 40)),
 )
 def test_gathers_any_clusters(
-    variant: Variant, ranks: int, clusters: int, pages: int, page_size: int, largest: int
+    device: str,
+    variant: Variant,
+    ranks: int,
+    clusters: int,
+    pages: int,
+    page_size: int,
+    largest: int,
 ) -> None:
+    variant = replace(variant, device=device)
     arguments = make(variant, ranks, clusters, pages, page_size=page_size, largest=largest)
-    assert_matches(arguments)
+    assert_matches(arguments, device)
 
 
-def test_repeats() -> None:
-    assert_repeats(page_gather, make(Variant(heads=3, head_dim=16), 40, 90, 70))
+def test_repeats(device: str) -> None:
+    arguments = make(Variant(heads=3, head_dim=16), 40, 90, 70)
+    assert_repeats(page_gather, on_device(arguments, device))
 
 
 # What it decides, by hand
@@ -346,9 +404,9 @@ def counted(arguments: Arguments) -> dict[str, int]:
     return {name: int(arguments["counters"][0, Counter[name]]) for name in names}
 
 
-def test_misses_come_in_by_rank_while_there_is_room() -> None:
+def test_misses_come_in_by_rank_while_there_is_room(device: str) -> None:
     """Sizes in pages 2, 1, 3, 1: the third finds no room, nor does what ranks behind it."""
-    arguments = by_hand([5, 4, 9, 1], [1, 0, 2, 3], 4, [])
+    arguments = on_device(by_hand([5, 4, 9, 1], [1, 0, 2, 3], 4, []), device)
     addresses = page_gather(**arguments)
     assert addresses.tolist() == [[[[5, 4, 2], [0, 5, 0], [9, 9, 4], [18, 1, 7]]]]
     assert arguments["cached"].tolist() == [[[2, 1, 0, 0]]]
@@ -370,8 +428,8 @@ def test_misses_come_in_by_rank_while_there_is_room() -> None:
     assert keys[:4].isnan().all()
 
 
-def test_a_cluster_larger_than_the_cache_keeps_nobody_out() -> None:
-    arguments = by_hand([20, 4, 4], [0, 1, 2], 4, [])
+def test_a_cluster_larger_than_the_cache_keeps_nobody_out(device: str) -> None:
+    arguments = on_device(by_hand([20, 4, 4], [0, 1, 2], 4, []), device)
     page_gather(**arguments)
     assert arguments["cached"].tolist() == [[[0, 1, 1]]]
     page_gather(**arguments)
@@ -384,10 +442,10 @@ def test_a_cluster_larger_than_the_cache_keeps_nobody_out() -> None:
     }
 
 
-def test_only_as_many_leave_as_must() -> None:
-    arguments = by_hand([4, 4, 4, 4, 8], [0, 1, 2, 3], 4, [2, 0, 3, 1])
+def test_only_as_many_leave_as_must(device: str) -> None:
+    arguments = on_device(by_hand([4, 4, 4, 4, 8], [0, 1, 2, 3], 4, [2, 0, 3, 1]), device)
     page_gather(**arguments)
-    arguments["retrieved"] = torch.tensor([[[4, 2, -1, -1]]], dtype=torch.int32)
+    arguments["retrieved"] = torch.tensor([[[4, 2, -1, -1]]], dtype=torch.int32, device=device)
     page_gather(**arguments)
     # Cluster 2 is wanted, 0 and 3 make room, 1 may stay.
     assert arguments["cached"].tolist() == [[[0, 1, 1, 0, 2]]]
@@ -395,15 +453,15 @@ def test_only_as_many_leave_as_must() -> None:
     assert arguments["counters"][0, Counter.LATE_DECISIONS] == 1
 
 
-def test_steps_start_again_at_one() -> None:
-    arguments = by_hand([4], [0], 1, [])
+def test_steps_start_again_at_one(device: str) -> None:
+    arguments = on_device(by_hand([4], [0], 1, []), device)
     arguments["free_pages"][..., FreeHeader.STEP] = 2**31 - 1
     page_gather(**arguments)
     assert arguments["free_pages"][0, 0, FreeHeader.STEP] == 1
 
 
-def test_more_pages_than_a_byte_counts() -> None:
-    arguments = by_hand([4 * 300], [0], 300, [])
+def test_more_pages_than_a_byte_counts(device: str) -> None:
+    arguments = on_device(by_hand([4 * 300], [0], 300, []), device)
     page_gather(**arguments)
     assert arguments["cached"].tolist() == [[[255]]]
     page_gather(**arguments)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,11 +20,11 @@ from retro_ops.ops._contract import DecisionHeader, RequestHeader
 from retro_ops.ops.update_pages import AGING_STEPS, POLICIES, STAMP_RANKS, USE, reference
 from retro_ops.testing import (
     Arguments,
-    assert_captures,
     assert_compiles,
     assert_refused,
     assert_repeats,
     assert_same,
+    host_copy,
     on_device,
 )
 
@@ -65,9 +67,25 @@ def make(
     }
 
 
-def assert_matches(arguments: Arguments) -> None:
-    actual, expected = on_device(arguments, "cpu"), on_device(arguments, "cpu")
+def on_host(arguments: Arguments, device: str) -> Arguments:
+    """Copies in memory that threads of the host can read, whatever the device."""
+    return {
+        name: host_copy(value, device) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
+def settle(device: str) -> None:
+    """Waits until all updates are done that were posted on a device so far."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        assert idle().endswith("pending 0, failures 0")
+
+
+def assert_matches(arguments: Arguments, device: str) -> None:
+    actual, expected = on_host(arguments, device), on_device(arguments, "cpu")
     update_pages(**actual)
+    settle(device)
     reference(**expected)
     for name in ("requests", "cached", "history", "decisions"):
         assert_same(actual[name], expected[name], name)
@@ -79,8 +97,8 @@ def assert_matches(arguments: Arguments) -> None:
     [(0, 7, 5), (1, 1, 1), (5, 0, 3), (6, 40, 0), (20, 50, 30), (70, 90, 300)],
     ids=["none asked", "one", "no clusters", "no pages", "many", "all may go"],
 )
-def test_matches_reference(policy: str, ranks: int, clusters: int, pages: int) -> None:
-    assert_matches(make(policy, ranks, clusters, pages))
+def test_matches_reference(device: str, policy: str, ranks: int, clusters: int, pages: int) -> None:
+    assert_matches(make(policy, ranks, clusters, pages), device)
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -147,10 +165,87 @@ def test_compiles(backend: str) -> None:
 
 @pytest.mark.gpu
 def test_captures() -> None:
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("retro::update_pages", "CUDA"):
-        pytest.skip("update_pages has no CUDA kernel yet")
-    first, second = make("lfu", 5, 9, 6), make("lfu", 5, 9, 6, seed=1)
-    assert_captures(update_pages, on_device(first, "cuda"), on_device(second, "cuda"))
+    """Every replay posts, once; what it finds then is what it decides on."""
+    made = [make("lfu", 5, 9, 6, seed=seed) for seed in range(3)]
+    static = on_host(made[0], "cuda")
+    update_pages(**static)
+    settle("cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update_pages(**static)
+    posts = torch.ops.retro.update_counts(static["history"])[0]
+    assert posts == 1, "capturing posts nothing"
+    for replay, arguments in enumerate(made[1:], start=1):
+        expected = on_device(arguments, "cpu")
+        for name in ("requests", "cached", "history", "decisions"):
+            static[name].copy_(arguments[name])
+        graph.replay()
+        settle("cuda")
+        reference(**expected)
+        for name in ("requests", "cached", "history", "decisions"):
+            assert_same(static[name], expected[name], f"replay {replay}: {name}")
+        counts = torch.ops.retro.update_counts(static["history"])
+        assert counts[:2] == [1 + replay, 1 + replay]
+        assert counts[2] > 0
+
+
+@pytest.mark.gpu
+def test_several_layers_in_one_graph() -> None:
+    layers = [on_host(make("lru", 5, 9, 6, seed=seed), "cuda") for seed in range(3)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in layers:
+            update_pages(**layer)
+            torch.zeros(3, device="cuda")  # another kernel between them
+    for _ in range(2):
+        graph.replay()
+    settle("cuda")
+    for layer in layers:
+        posts, updates, _ = torch.ops.retro.update_counts(layer["history"])
+        assert posts == 2
+        assert 1 <= updates <= 2
+        assert (layer["decisions"][..., DecisionHeader.STEP] == 200).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["requests", "cached", "history", "decisions"])
+def test_rejects_memory_of_the_gpu(name: str) -> None:
+    arguments = on_host(make("lru", 5, 9, 6), "cuda")
+    arguments[name] = arguments[name].clone()
+    message = (
+        f"update_pages: {name} must be a host tensor, which threads of the host can read; make it "
+        "with torch.ops.retro.host_tensor"
+    )
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
+        update_pages(**arguments)
+
+
+@pytest.mark.gpu
+def test_another_policy_takes_over_on_a_gpu() -> None:
+    actual, expected = on_host(make("lru", 40, 300, 200), "cuda"), make("lru", 40, 300, 200)
+    for step, policy in ((200, "lru"), (201, "lfu"), (202, "lru2")):
+        for each in (actual, expected):
+            each["requests"][..., RequestHeader.STEP] = step
+            each["policy"] = policy
+        update_pages(**actual)
+        settle("cuda")
+        update_pages(**expected)
+    assert_same(actual["history"], expected["history"])
+    assert_same(actual["decisions"], expected["decisions"])
+
+
+@pytest.mark.gpu
+def test_memory_that_is_freed_takes_its_updates_with_it() -> None:
+    """Posted, and gone before any thread may have come to it."""
+    like = torch.empty(0, device="cuda")
+    before = torch.ops.retro.host_bytes(like)
+    for seed in range(30):
+        layer = on_host(make("lfu", 70, 3000, 2000, seed=seed), "cuda")
+        assert torch.ops.retro.host_bytes(like) > before
+        update_pages(**layer)
+        del layer
+    assert torch.ops.retro.host_bytes(like) == before
+    settle("cuda")
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
@@ -163,9 +258,9 @@ def test_captures() -> None:
     seed=st.integers(0, 2**16),
 )
 def test_decides_on_any_cache(
-    policy: str, ranks: int, clusters: int, pages: int, rows: int, seed: int
+    device: str, policy: str, ranks: int, clusters: int, pages: int, rows: int, seed: int
 ) -> None:
-    assert_matches(make(policy, ranks, clusters, pages, rows=rows, seed=seed))
+    assert_matches(make(policy, ranks, clusters, pages, rows=rows, seed=seed), device)
 
 
 @policies
@@ -238,6 +333,84 @@ def test_a_gather_that_was_seen_changes_nothing() -> None:
     cache.use(1, step=3)
     assert_same(cache.history, before[0])
     assert_same(cache.decisions, before[1])
+
+
+# Memory that a GPU shares: what its library calls
+
+
+class Params(ctypes.Structure):
+    """UpdatePagesParams."""
+
+    _fields_: ClassVar = [
+        ("policy", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("tasks", "ranks", "clusters", "pages")),
+        *((name, ctypes.c_void_p) for name in ("requests", "cached", "history", "decisions")),
+    ]
+
+
+class Api(ctypes.Structure):
+    """WorkerApi."""
+
+    _fields_: ClassVar = [
+        ("make", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(Params))),
+        ("post", ctypes.CFUNCTYPE(None, ctypes.c_void_p)),
+        ("drop", ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_double)),
+        ("count", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64 * 3))),
+    ]
+
+
+def shared_job(api: Api, layer: Arguments) -> int:
+    rows, heads, clusters = layer["cached"].shape
+    return api.make(
+        Params(
+            POLICIES.index(layer["policy"]),
+            rows * heads,
+            layer["requests"].shape[2] - 3,
+            clusters,
+            layer["decisions"].shape[2] - 2,
+            *(layer[name].data_ptr() for name in ("requests", "cached", "history", "decisions")),
+        )
+    )
+
+
+@policies
+def test_a_job_on_shared_memory_decides_the_same(policy: str) -> None:
+    api = Api.from_address(torch.ops.retro.worker_api())
+    actual, expected = make(policy, 40, 300, 200), make(policy, 40, 300, 200)
+    job = shared_job(api, actual)
+    counts = (ctypes.c_int64 * 3)()
+    for step in (200, 201, 202):
+        for each in (actual, expected):
+            each["requests"][..., RequestHeader.STEP] = step
+        api.post(job)
+        assert idle().endswith("pending 0, failures 0")
+        update_pages(**expected)
+    api.count(job, ctypes.byref(counts))
+    assert list(counts[:2]) == [3, 3]
+    assert counts[2] > 0
+    assert api.drop(job, 0.0)
+    for each in (actual, expected):
+        each["requests"][..., RequestHeader.STEP] = 203
+    api.post(job)  # as the graph of a layer that is gone does
+    assert idle().endswith("pending 0, failures 0")
+    api.count(job, ctypes.byref(counts))
+    assert list(counts[:2]) == [4, 3]
+    for name in ("history", "decisions"):
+        assert_same(actual[name], expected[name], name)
+
+
+def test_dropped_memory_is_not_touched() -> None:
+    """Jobs are dropped while they wait or run; what they wrote by then stays, and nothing more."""
+    api = Api.from_address(torch.ops.retro.worker_api())
+    for seed in range(40):
+        layer = make("lfu", 70, 3000, 2000, rows=4, seed=seed)
+        job = shared_job(api, layer)
+        api.post(job)
+        assert api.drop(job, 10.0)
+        before = layer["history"].clone(), layer["decisions"].clone()
+        assert idle().endswith("pending 0, failures 0")
+        assert_same(layer["history"], before[0])
+        assert_same(layer["decisions"], before[1])
 
 
 # The worker pool

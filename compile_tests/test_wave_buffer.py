@@ -7,14 +7,17 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_layer import SMALL, Tokens, make_layer, run, snapshot
+from test_layer import SMALL, Tokens, make_layer, snapshot
 from test_models import call, generate, make_cache, make_model, make_prompt
+from test_update_pages import settle
 from torch import Tensor
 
 import retro_ops.decode
@@ -38,8 +41,24 @@ def pair(config: RetroConfig = TIGHT, **changes: Any) -> tuple[RetroLayer, Retro
     )
 
 
-def assert_consistent(layer: RetroLayer) -> None:
+def decode(layer: RetroLayer, *token: Tensor) -> Tensor:
+    """One step, and on a GPU what threads of the host do for the next one."""
+    out = layer.decode(*token)
+    settle(layer.store.device.type)
+    return out
+
+
+def run(layer: RetroLayer, tokens: Tokens, first: int, last: int) -> Tensor:
+    """Decodes tokens `first` .. `last` - 1: `[B, Hq, last - first, D]`."""
+    return torch.cat([decode(layer, *tokens.at(t)) for t in range(first, last)], dim=2)
+
+
+def assert_consistent(layer: Any) -> None:
     """Every page is free or belongs to one cluster, whose tokens it holds."""
+    if layer.store.is_cuda:
+        sizes = {name: getattr(layer, name) for name in ("config", "batch_size", "num_kv_heads")}
+        buffers = {name: buffer.cpu() for name, buffer in layer.named_buffers()}
+        layer = SimpleNamespace(**sizes, **buffers)
     size = layer.config.page_size
     count = layer.free_pages.shape[2] - len(FreeHeader)
     for row in range(layer.batch_size):
@@ -82,14 +101,14 @@ def assert_same_but_for_pages(layer: RetroLayer, plain: RetroLayer) -> None:
     ids=["tight", "pages of 3", "pages of 8", "all fit", "no pages"],
 )
 def test_500_steps_are_the_same(
-    policy: str, page_size: int, cache_ratio: float, dtype: torch.dtype
+    device: str, policy: str, page_size: int, cache_ratio: float, dtype: torch.dtype
 ) -> None:
     """The index grows from 130 to 610 tokens on the way; rows begin at different tokens."""
     config = replace(TIGHT, page_size=page_size, cache_ratio=cache_ratio)
-    plain, layer = pair(config, dtype=dtype, _policy=policy)
+    plain, layer = pair(config, dtype=dtype, _policy=policy, device=device)
     tokens = Tokens(plain, 650)
     for each in (plain, layer):
-        each.prefill(*tokens.prompt(150), torch.tensor([0, 37]))
+        each.prefill(*tokens.prompt(150), torch.tensor([0, 37], device=device))
     for begin in range(150, 650, 50):
         expected = run(plain, tokens, begin, begin + 50)
         assert_same(run(layer, tokens, begin, begin + 50), expected, f"from {begin}")
@@ -97,6 +116,7 @@ def test_500_steps_are_the_same(
         assert_same_but_for_pages(layer, plain)
     stats, count = layer.stats(), layer.free_pages.shape[2] - 2
     assert stats["late_decisions"] == 0
+    assert stats["page_updates"] == (500 if device == "cuda" else 0)
     assert stats["page_hits"] + stats["page_misses"] > 500 * 4 * 5
     assert (stats["page_evictions"] > 500) == (0 < cache_ratio < 1)
     assert (stats["page_hits"] > 0) == (count > 0)
@@ -104,7 +124,7 @@ def test_500_steps_are_the_same(
     missed = int(layer.counters[:, Counter.MISSED_TOKENS].sum())
     assert stats["slow_bytes_per_token"] == round(missed * token_bytes / 1000)
     shared = set(plain.stats()) - {"page_hits", "page_misses", "slow_bytes_per_token"}
-    shared -= {"page_admissions", "page_evictions"}
+    shared -= {"page_admissions", "page_evictions", "page_updates", "page_update_us"}
     assert {name: stats[name] for name in shared} == {name: plain.stats()[name] for name in shared}
 
 
@@ -205,16 +225,18 @@ def nonsense(rng: random.Random, decisions: Tensor, history: list[Tensor]) -> No
 
 
 @pytest.mark.parametrize("disturb", [drop, delay, repeat, never, tear, nonsense])
-def test_decisions_change_no_bit(disturb: Callable[..., None]) -> None:
-    plain, layer = pair()
+def test_decisions_change_no_bit(device: str, disturb: Callable[..., None]) -> None:
+    plain, layer = pair(device=device)
     tokens = Tokens(plain, 450)
     for each in (plain, layer):
         each.prefill(*tokens.prompt(150))
     rng, history = random.Random(0), []
     for t in range(150, 450):
-        assert_same(layer.decode(*tokens.at(t)), plain.decode(*tokens.at(t)), f"{t}")
-        history.append(layer.decisions.clone())
-        disturb(rng, layer.decisions, history)
+        assert_same(decode(layer, *tokens.at(t)), plain.decode(*tokens.at(t)), f"{t}")
+        decisions = layer.decisions.cpu()
+        history.append(decisions.clone())
+        disturb(rng, decisions, history)
+        layer.decisions.copy_(decisions)
     assert_consistent(layer)
     assert_same_but_for_pages(layer, plain)
     stats = layer.stats()
@@ -242,22 +264,24 @@ def test_decisions_that_come_when_they_come(monkeypatch: pytest.MonkeyPatch) -> 
 # State
 
 
-def test_the_cache_helps() -> None:
+def test_the_cache_helps(device: str) -> None:
     """Steps that ask for the same find it; what a policy forgets it does not find."""
     config = replace(SMALL, page_size=4, cache_ratio=0.5)
-    _, layer = pair(config)
+    _, layer = pair(config, device=device)
     tokens = Tokens(layer, 300)
     layer.prefill(*tokens.prompt(200))
     query, key, value = tokens.at(200)
     for _ in range(20):
-        layer.decode(query, key, value)
+        decode(layer, query, key, value)
     stats = layer.stats()
     assert stats["page_hits"] == 19 * stats["page_misses"]
     assert stats["page_evictions"] == 0
 
 
 def is_empty(layer: RetroLayer) -> bool:
-    fresh = make_layer(layer.config, offload=True, max_length=layer.max_length)
+    fresh = make_layer(
+        layer.config, offload=True, max_length=layer.max_length, device=layer.store.device
+    )
     return all(
         torch.equal(layer.get_buffer(name), fresh.get_buffer(name))
         for name in wave_buffer.NAMES
@@ -265,8 +289,8 @@ def is_empty(layer: RetroLayer) -> bool:
     )
 
 
-def test_prefill_and_reset_empty_the_cache() -> None:
-    plain, layer = pair()
+def test_prefill_and_reset_empty_the_cache(device: str) -> None:
+    plain, layer = pair(device=device)
     tokens, others = Tokens(plain, 400), Tokens(plain, 400, seed=5)
     assert is_empty(layer)
     layer.prefill(*others.prompt(200))
@@ -284,11 +308,11 @@ def test_prefill_and_reset_empty_the_cache() -> None:
     assert_consistent(layer)
 
 
-def test_reorder_moves_the_cache_with_its_row() -> None:
-    plain, layer = pair(batch_size=4)
+def test_reorder_moves_the_cache_with_its_row(device: str) -> None:
+    plain, layer = pair(batch_size=4, device=device)
     tokens = Tokens(plain, 450)
     for each in (plain, layer):
-        each.prefill(*tokens.prompt(150), torch.tensor([0, 3, 45, 80]))
+        each.prefill(*tokens.prompt(150), torch.tensor([0, 3, 45, 80], device=device))
         run(each, tokens, 150, 250)
         each.reorder(torch.tensor([3, 0, 0, 2]))
     assert_consistent(layer)
@@ -299,25 +323,30 @@ def test_reorder_moves_the_cache_with_its_row() -> None:
     assert_consistent(layer)
 
 
-def test_state_dict_and_copies_continue() -> None:
-    plain, layer = pair()
+def test_state_dict_and_copies_continue(device: str) -> None:
+    plain, layer = pair(device=device)
     tokens = Tokens(plain, 400)
     for each in (plain, layer):
         each.prefill(*tokens.prompt(150))
         run(each, tokens, 150, 250)
-    restored = make_layer(TIGHT, offload=True, max_length=800)
+    restored = make_layer(TIGHT, offload=True, max_length=800, device=device)
     restored.load_state_dict(layer.state_dict())
-    twin = copy.deepcopy(layer)
+    copies = [restored, layer.fork()]
+    if device == "cpu":
+        copies.append(copy.deepcopy(layer))
     expected = run(plain, tokens, 250, 400)
-    for each in (layer, restored, twin):
+    for each in (layer, *copies):
         assert_same(run(each, tokens, 250, 400), expected)
         assert_consistent(each)
-        assert each.stats() == layer.stats()
+        stats = each.stats()
+        for name in ("page_updates", "page_update_us"):  # these belong to a layer, not to its state
+            stats[name] = layer.stats()[name]
+        assert stats == layer.stats()
 
 
-def test_another_layers_tokens_empty_the_cache() -> None:
+def test_another_layers_tokens_empty_the_cache(device: str) -> None:
     """A state without a page cache, loaded into a layer that has one."""
-    plain, layer = pair()
+    plain, layer = pair(device=device)
     tokens, others = Tokens(plain, 400), Tokens(plain, 400, seed=5)
     plain.prefill(*tokens.prompt(250))
     layer.prefill(*others.prompt(250))
@@ -341,13 +370,62 @@ def test_a_refused_token_changes_nothing() -> None:
         assert_same(buffer, before[name], name)
 
 
+def test_used_state_goes_to_another_length(device: str) -> None:
+    """And from one memory to two, and back; the copy of a store in host memory is on the CPU."""
+    plain, layer = pair(device=device)
+    tokens = Tokens(plain, 400)
+    for each in (plain, layer):
+        each.prefill(*tokens.prompt(150))
+        run(each, tokens, 150, 250)
+    states = [each.used_state() for each in (plain, layer)]
+    for name, tensor in states[0].items():
+        if name != "counters":
+            assert_same(states[1][name], tensor, name)
+    assert states[1]["store"].device.type == "cpu"
+    expected = run(plain, tokens, 250, 400)
+    for state in states:
+        for offload in (False, True):
+            other = make_layer(TIGHT, offload=offload, max_length=500, device=device)
+            other.load_used_state(state)
+            assert_same(run(other, tokens, 250, 400), expected)
+
+
+def test_room_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: wave_buffer.Shapes = {
+        "store": ((1000, 1000), torch.float32),
+        "history": ((500, 1000), torch.int64),
+        "pages": ((1000, 300), torch.float32),
+    }
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(wave_buffer, "free_device_bytes", lambda device: 3_600_000)
+    monkeypatch.setattr(wave_buffer, "free_host_bytes", lambda: 24_000_000)
+    wave_buffer.check_room(shapes, cuda, 3)
+    message = (
+        r"^RetroLayer: offload=True needs 0.03 GB of host memory for 4 layers, 0.02 GB are free"
+    )
+    with pytest.raises(MemoryError, match=message):
+        wave_buffer.check_room(shapes, cuda, 4)
+    monkeypatch.setattr(wave_buffer, "free_host_bytes", lambda: 8 * 24_000_000)
+    with pytest.raises(MemoryError, match=r"needs 0.00 GB of memory of cuda for 4 layers"):
+        wave_buffer.check_room(shapes, cuda, 4)
+
+
+def test_free_host_memory_is_known() -> None:
+    (total,) = (
+        1024 * int(line.split()[1])
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemTotal:")
+    )
+    assert 0 < wave_buffer.free_host_bytes() <= total
+
+
 def test_rejects_an_unknown_policy() -> None:
     with pytest.raises(ValueError, match=r"_policy must be one of lru, lru2, lfu, got 'random'"):
         make_layer(offload=True, _policy="random")
 
 
-def test_a_layer_too_small_to_index_has_no_cache() -> None:
-    layer = make_layer(offload=True, max_length=51)
+def test_a_layer_too_small_to_index_has_no_cache(device: str) -> None:
+    layer = make_layer(offload=True, max_length=51, device=device)
     tokens = Tokens(layer, 51)
     layer.prefill(*tokens.prompt(40))
     run(layer, tokens, 40, 51)

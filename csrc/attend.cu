@@ -6,8 +6,10 @@ namespace retro {
 namespace {
 
 constexpr int kTileTokens = 16;  // rows of a matrix instruction
-// Ranks whose places are kept in shared memory.
+// Ranks whose places are kept in shared memory. Offloaded a rank has three numbers instead of two, in the
+// same room: work must be shared out alike.
 constexpr int64_t kRanksInShared = 1280;
+constexpr int64_t kPagedRanksInShared = kRanksInShared * 2 / 3;
 // One block fills a processor: what it waits for when it begins and ends, it waits for once.
 constexpr int64_t kTileBytesPerBlock = 192 * 1024;
 // Of the warps of a block. At the default budgets clusters are a fourth of the bytes or less, but half as
@@ -328,12 +330,42 @@ struct TwoPlaces {
   }
 };
 
+// And the page cache: of its slots, this bit is set.
+constexpr int32_t kInPage = 1 << 30;
+static_assert(kInPage == kMostSlots);
+
+template <typename T>
+struct ThreePlaces : TwoPlaces<T> {
+  T* pages;
+  int64_t page_stride;
+
+  __device__ __forceinline__ const uint4* row(int32_t at) const {
+    if (at < 0 || (at & kInPage) == 0) return TwoPlaces<T>::row(at);
+    return reinterpret_cast<const uint4*>(page_row(at ^ kInPage));
+  }
+  __device__ __forceinline__ uint4* page_row(int32_t slot) const {
+    return reinterpret_cast<uint4*>(pages + slot * page_stride);
+  }
+};
+
+// Where a row lies, as far as it is known without waiting for what `source` was loaded from.
+template <bool kPaged>
+struct Found {
+  int32_t at;
+};
+template <>
+struct Found<true> {
+  int32_t at;
+  int32_t source, within;  // see RetrievedPages; which token of the page
+};
+
 // One warp's walk over the tiles of a piece; the copies of later tiles are under way meanwhile. Every part
 // stands in the code once: at batch 1 most of it runs once or twice, and fetching it takes its time.
-template <typename S>
+template <typename S, bool kPaged>
 struct Walker {
   using T = typename S::T;
-  TwoPlaces<T> keys, values;
+  using Places = std::conditional_t<kPaged, ThreePlaces<T>, TwoPlaces<T>>;
+  Places keys, values;
   char* memory;  // of this warp
   int lane, row_chunks;
   bool estimates;
@@ -343,6 +375,11 @@ struct Walker {
   int32_t rank;           // of the token that was found last
   const int32_t* before;  // in shared memory, if they fit
   const int32_t* shift;
+  // Offloaded.
+  const int32_t* first_source;  // like `before`
+  const int32_t* sources;
+  int32_t pages, page_size;
+  bool fills;
   // Clusters.
   const int32_t* ids;
   const float* masses;  // of the first query of this block
@@ -359,10 +396,20 @@ struct Walker {
   }
 
   // Where row v lies; -1: nowhere.
-  __device__ __forceinline__ int32_t find(int32_t v) {
-    if (v >= rows) return -1;
-    if (estimates) return ids[v];
-    if (v < steady_tokens) return -2 - v;
+  __device__ __forceinline__ Found<kPaged> find(int32_t v) {
+    Found<kPaged> found;
+    if constexpr (kPaged) {
+      found.source = -1;
+      found.within = 0;
+    }
+    found.at = -1;
+    if (v >= rows) return found;
+    if (estimates) {
+      found.at = ids[v];
+      return found;
+    }
+    found.at = -2 - v;
+    if (v < steady_tokens) return found;
     const int32_t u = v - steady_tokens;
     if (rank < 0) {
       int32_t high = ranks;
@@ -377,7 +424,49 @@ struct Walker {
     // A lane's tokens come in their order, a few ranks apart.
 #pragma unroll 1
     while (before[rank + 1] <= u) ++rank;
-    return shift[rank] + u;
+    found.at = shift[rank] + u;
+    if constexpr (kPaged) {
+      const uint32_t token = static_cast<uint32_t>(u - before[rank]);
+      const uint32_t page = token / static_cast<uint32_t>(page_size);
+      // Not __ldg: this kernel may have begun before the one that writes it.
+      found.source = __ldcg(sources + first_source[rank] + page);
+      found.within = static_cast<int32_t>(token - page * static_cast<uint32_t>(page_size));
+    }
+    return found;
+  }
+
+  // The same as one number; `target`: the slot of the page cache that the row goes to, or -1.
+  __device__ __forceinline__ int32_t resolve(const Found<kPaged>& found, int32_t& target) const {
+    if constexpr (kPaged) {
+      target = -1;
+      if (found.source >= 0 && found.source < pages) {
+        return kInPage | (found.source * page_size + found.within);
+      }
+      const int32_t page = -2 - found.source;
+      if (fills && page >= 0 && page < pages) target = page * page_size + found.within;
+    }
+    return found.at;
+  }
+
+  // Writes the rows of a tile that has come to the page cache, each to this lane's `target` at lane % 16.
+  __device__ __forceinline__ void fill(int stage, int32_t target) const {
+    if (!__any_sync(kAllLanes, target >= 0)) return;
+#pragma unroll(S::kUnroll)
+    for (int k = 0; k < S::kKeyChunks / 32; ++k) {
+      const int index = k * 32 + lane, row = index / S::kKeyRow, chunk = index % S::kKeyRow;
+      const int32_t own = __shfl_sync(kAllLanes, target, row);
+      if (own >= 0 && chunk < row_chunks) {
+        keys.page_row(own)[chunk] = keys_at(stage)[S::key_place(row, chunk)];
+      }
+    }
+#pragma unroll(S::kUnroll)
+    for (int k = 0; k < S::kValueChunks / 32; ++k) {
+      const int index = k * 32 + lane, row = index / S::kValueRow, chunk = index % S::kValueRow;
+      const int32_t own = __shfl_sync(kAllLanes, target, row);
+      if (own >= 0 && chunk < row_chunks) {
+        values.page_row(own)[chunk] = values_at(stage)[S::value_place(row, chunk)];
+      }
+    }
   }
 
   // Copies the tile whose rows lie where `at` says, this lane's at lane % 16.
@@ -438,20 +527,28 @@ struct Walker {
   __device__ __forceinline__ void walk(int32_t first, int32_t last, const Use& use) {
     int stage = 0, ahead_stage = 0;
     // Found a tile ahead of the copy, which would have to wait for it.
-    int32_t at = find(first * kTileTokens + lane % kTileTokens);
+    Found<kPaged> found = find(first * kTileTokens + lane % kTileTokens);
+    int32_t targets[S::kStages];  // of the tiles under way, the oldest one first
+#pragma unroll
+    for (int k = 0; k < S::kStages; ++k) targets[k] = -1;
 #pragma unroll 1
     for (int32_t ahead = first;; ++ahead) {
       const int32_t tile = ahead - (S::kStages - 1);
       if (tile >= last) break;
+#pragma unroll
+      for (int k = 0; k + 1 < S::kStages; ++k) targets[k] = targets[k + 1];
+      targets[S::kStages - 1] = -1;
       if (ahead < last) {
+        const int32_t at = resolve(found, targets[S::kStages - 1]);
         copy(ahead_stage, at);
-        at = find((ahead + 1) * kTileTokens + lane % kTileTokens);
+        found = find((ahead + 1) * kTileTokens + lane % kTileTokens);
       }
       commit_copies();
       if (++ahead_stage == S::kStages) ahead_stage = 0;
       if (tile < first) continue;
       wait_for_copies<S::kStages - 1>();
       __syncwarp();
+      if constexpr (kPaged) fill(stage, targets[0]);
       use(stage, tile);
       __syncwarp();
       if (++stage == S::kStages) stage = 0;
@@ -704,7 +801,7 @@ __device__ __noinline__ void sum_tail(
   }
 }
 
-template <typename S>
+template <typename S, bool kPaged>
 __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
     attend_kernel(const __grid_constant__ AttendParams params) {
   using T = typename S::T;
@@ -732,7 +829,7 @@ __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
   const int exact_warps = params.exact_warps, estimate_warps = params.estimate_warps;
   char* behind = memory + (exact_warps + estimate_warps) * S::kWarpBytes;
 
-  Walker<S> walker;
+  Walker<S, kPaged> walker;
   walker.memory = memory + warp * S::kWarpBytes;
   walker.lane = lane;
   walker.row_chunks = static_cast<int>(params.head_dim) / S::kElements;
@@ -740,6 +837,18 @@ __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
   walker.rank = -1;
   walker.groups = groups;
   walker.queries = place.queries;
+  if constexpr (kPaged) {
+    const RetrievedPages& pages = params.pages;
+    walker.sources = pages.sources + place.task * pages.stride;
+    walker.pages = static_cast<int32_t>(pages.pages);
+    walker.page_size = static_cast<int32_t>(pages.page_size);
+    // Blocks of other queries read the same rows.
+    walker.fills = pages.fills && place.first_query == 0;
+    walker.keys.pages = pages.keys.row<T>(place.b, place.h, 0);
+    walker.keys.page_stride = pages.keys.stride_t;
+    walker.values.pages = pages.values.row<T>(place.b, place.h, 0);
+    walker.values.page_stride = pages.values.stride_t;
+  }
   WarpState<S> state;
   state.clear();
   Queries<S> queries;
@@ -755,7 +864,7 @@ __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
     walker.ids = clusters.ids + place.task * clusters.clusters;
     walker.masses =
         clusters.log2_mass + place.task * clusters.clusters * groups + place.first_query;
-    walker.values = {
+    static_cast<TwoPlaces<T>&>(walker.values) = {
         nullptr, clusters.centroid_values.row<const T>(place.b, place.h, 0), 0,
         clusters.centroid_values.stride_t};
   } else {
@@ -773,26 +882,31 @@ __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
     walker.before = before;
     walker.shift = shift;
     walker.ranks = ranks;
-    if (ranks <= kRanksInShared) {
+    if constexpr (kPaged) walker.first_source = params.pages.first + first_rank;
+    if (ranks <= (kPaged ? kPagedRanksInShared : kRanksInShared)) {
       int32_t* copied = reinterpret_cast<int32_t*>(behind);
 #pragma unroll 1
       for (int i = thread; i <= ranks; i += exact_threads) {
         copied[i] = before[i];
         if (i < ranks) copied[ranks + 1 + i] = shift[i];
+        if constexpr (kPaged) {
+          if (i < ranks) copied[2 * ranks + 1 + i] = walker.first_source[i];
+        }
       }
       walker.before = copied;
       walker.shift = copied + ranks + 1;
+      if constexpr (kPaged) walker.first_source = copied + 2 * ranks + 1;
     }
     walker.steady_tokens = static_cast<int32_t>(
         steady < 0                            ? 0
             : steady < params.steady_capacity ? steady
                                               : params.steady_capacity);
     walker.rows = walker.steady_tokens + retrieved_tokens;
-    walker.keys = {
+    static_cast<TwoPlaces<T>&>(walker.keys) = {
         params.steady_keys.row<const T>(place.b, place.h, 0),
         params.store_keys.row<const T>(place.b, place.h, 0), params.steady_keys.stride_t,
         params.store_keys.stride_t};
-    walker.values = {
+    static_cast<TwoPlaces<T>&>(walker.values) = {
         params.steady_values.row<const T>(place.b, place.h, 0),
         params.store_values.row<const T>(place.b, place.h, 0), params.steady_values.stride_t,
         params.store_values.stride_t};
@@ -928,8 +1042,10 @@ void with_shape(const AttendParams& params, const Use& use) {
 template <typename S>
 int64_t other_bytes(const AttendParams& params) {
   const int64_t ranks = params.retrieved.clusters;
+  const bool paged = params.pages.sources != nullptr;
+  const bool fit = ranks <= (paged ? kPagedRanksInShared : kRanksInShared);
   return (kMatrix<typename S::T> ? 0 : S::kQueries * S::kPadded * int64_t{sizeof(float)}) +
-      (ranks <= kRanksInShared ? (2 * ranks + 1) * int64_t{sizeof(int32_t)} : 0);
+      (fit ? ((paged ? 3 : 2) * ranks + 1) * int64_t{sizeof(int32_t)} : 0);
 }
 
 }  // namespace
@@ -977,8 +1093,9 @@ void attend(const Launcher& launch, const AttendParams& params) {
     const int64_t bytes = warps * S::kWarpBytes + other_bytes<S>(params);
     const int64_t merge_bytes = MergeMemory::bytes(params.pieces, S::kQueries, params.head_dim / 4);
     launch(
-        attend_kernel<S>, grid_of(ticket_count(params) * params.pieces), warps * 32,
-        std::max(bytes, merge_bytes), 1, params);
+        params.pages.sources == nullptr ? attend_kernel<S, false> : attend_kernel<S, true>,
+        grid_of(ticket_count(params) * params.pieces), warps * 32, std::max(bytes, merge_bytes), 1,
+        params);
   });
 }
 

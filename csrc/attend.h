@@ -14,6 +14,21 @@ struct RetrievedTokens {
   int64_t clusters;       // R
 };
 
+// Offloaded, a page of retrieved tokens may lie in the page cache: token j of the cluster of rank k is on
+// page sources[first[k] + j / page_size]. -1: it is read from the store; so is it for -2 - p, and is
+// then written to page p, if `fills` is set, for the steps to come: it is the only one that does.
+struct RetrievedPages {
+  const int32_t* sources;  // [B * Hkv, stride]; nullptr: all tokens are in the store
+  const int32_t* first;    // [B * Hkv, R]
+  int64_t stride;
+  Rows keys, values;  // [B, Hkv, pages * page_size, D]
+  int64_t pages, page_size;
+  bool fills;
+};
+
+// Slots of store and page cache share one number in the kernel.
+inline constexpr int64_t kMostSlots = int64_t{1} << 30;
+
 // Clusters that are estimated, in ascending order, and the masses of all.
 struct EstimatedClusters {
   const int32_t* ids;      // [B * Hkv, C]
@@ -35,6 +50,7 @@ struct AttendParams {
   Rows store_keys, store_values;           // [B, Hkv, N, D]
   const int64_t* counters;                 // [B, kCounters]
   RetrievedTokens retrieved;
+  RetrievedPages pages;
   EstimatedClusters estimated;
   // A (row, head) is shared out among `pieces` blocks, and its tokens and its clusters among so many warps
   // of each; see plan_attend.

@@ -25,6 +25,26 @@ std::tuple<Tensor, Tensor, Tensor> wave_estimate(
 
 Tensor cluster_gather(const Tensor& retrieved, const Tensor& offsets, const Tensor& counters);
 
+Tensor page_gather(
+    const Tensor& retrieved,
+    const Tensor& offsets,
+    const Tensor& store,
+    const Tensor& pages,
+    const Tensor& page_table,
+    const Tensor& free_pages,
+    const Tensor& decisions,
+    const Tensor& requests,
+    const Tensor& cached,
+    const Tensor& counters,
+    int64_t page_size);
+
+void update_pages(
+    const Tensor& requests,
+    const Tensor& cached,
+    const Tensor& history,
+    const Tensor& decisions,
+    std::string policy);
+
 std::tuple<Tensor, Tensor> merged_attention(
     const Tensor& query,
     const Tensor& steady,

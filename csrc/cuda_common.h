@@ -42,6 +42,8 @@ class Launcher {
     hopper_ = major >= 9;
   }
 
+  int32_t device() const { return device_; }
+  cudaStream_t stream() const { return stream_; }
   int64_t processors() const { return processors_; }
   // Shared memory that a block may have, less what kernels declare themselves.
   int64_t shared_bytes() const { return shared_bytes_ - 1024; }

@@ -50,6 +50,20 @@ STABLE_TORCH_LIBRARY(retro, m) {
       "float retrieval_budget, int min_retrieved_clusters, float estimation_budget, str estimator, "
       "float scale) -> Tensor");
 
+  m.def(  // decode_attention, offloaded; posts update_pages
+      "offloaded_attention(Tensor query, Tensor steady, Tensor store, Tensor centroids, "
+      "Tensor offsets, Tensor variances, Tensor totals, Tensor(a!) pages, Tensor(b!) page_table, "
+      "Tensor(c!) free_pages, Tensor(d!) requests, Tensor(e!) cached, Tensor(f!) history, "
+      "Tensor(g!) decisions, Tensor(h!) counters, SymInt max_retrieved, float retrieval_budget, "
+      "int min_retrieved_clusters, float estimation_budget, str estimator, float scale, "
+      "int page_size, str policy, bool join) -> Tensor");
+
+  // Memory of the host that the GPU of `like` reads and writes as its own, in like's dtype; of a CPU, memory
+  // like any other. What it holds is not set.
+  m.def("host_tensor(Tensor like, int[] size) -> Tensor");
+  // Bytes of host memory that such tensors on like's device have.
+  m.def("host_bytes(Tensor like) -> int");
+
   // update_pages by a thread of the worker pool: posts it and returns, as the CUDA op will. What was posted
   // for the same tensors and has not begun runs once.
   m.def(
@@ -57,6 +71,11 @@ STABLE_TORCH_LIBRARY(retro, m) {
       "str policy) -> ()");
   // Waits until the worker pool has nothing to do, at most so long; 'threads 2, pending 0, failures 0'.
   m.def("worker_pool(float seconds) -> str");
+  // Of the layer with this history, if it is on a GPU: posts, updates that have ended, and nanoseconds from
+  // post to end, in sum.
+  m.def("update_counts(Tensor history) -> int[]");
+  // A pointer, for the library of CUDA kernels; see worker_api.h.
+  m.def("worker_api() -> int");
 
   // What the backward pass of every op calls, for each argument; it raises.
   m.def("no_backward(Tensor grad, Tensor argument, str op) -> Tensor");

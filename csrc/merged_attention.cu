@@ -12,9 +12,12 @@ constexpr int kWarps = kThreads / 32;
 
 struct PlaceParams {
   int64_t retrieved_clusters, store_capacity;  // R, N
-  const int64_t* addresses;                    // [B, Hkv, R, 2]
+  const int64_t* addresses;                    // [B, Hkv, R, columns]
+  int64_t columns;                             // 2; offloaded 3
+  int64_t page_size, entries;                  // of a page, and of the page table
   int32_t* before;                             // see RetrievedTokens
   int32_t* shift;
+  int32_t* first;  // see RetrievedPages; nullptr: not offloaded
   int32_t* tickets;
   int64_t ticket_count;
 };
@@ -27,16 +30,24 @@ __global__ void __launch_bounds__(kThreads)
   release_successor();
   wait_for_predecessor();
   const int64_t task = blockIdx.x, ranks = params.retrieved_clusters;
-  const longlong2* addresses = reinterpret_cast<const longlong2*>(params.addresses) + task * ranks;
+  const int64_t* addresses = params.addresses + task * ranks * params.columns;
   int32_t* before = params.before + task * (ranks + 1);
   int32_t* shift = params.shift + task * ranks;
   int32_t sum = 0;
   for (int64_t start = 0; start < ranks; start += kThreads) {
     const int64_t r = start + thread;
-    longlong2 address = r < ranks ? addresses[r] : make_longlong2(0, 0);
-    // Wrong addresses must not lead outside the store.
-    const bool inside = address.x >= 0 && address.y >= 0 && address.x <= params.store_capacity &&
+    const int64_t* own_address = addresses + r * params.columns;
+    longlong2 address = make_longlong2(0, 0);
+    if (r < ranks) address = make_longlong2(own_address[0], own_address[1]);
+    // Wrong addresses must not lead outside the store, nor the page table.
+    bool inside = address.x >= 0 && address.y >= 0 && address.x <= params.store_capacity &&
         address.y <= params.store_capacity - address.x;
+    if (r < ranks && params.first != nullptr) {
+      const int64_t entry = own_address[2];
+      inside = inside && entry >= 0 && entry <= params.entries &&
+          page_count(address.y, params.page_size) <= params.entries - entry;
+      params.first[task * ranks + r] = inside ? static_cast<int32_t>(entry) : 0;
+    }
     if (!inside) address = make_longlong2(0, 0);
     const int32_t own = static_cast<int32_t>(address.y);
     int32_t running = own;
@@ -79,8 +90,14 @@ std::tuple<Tensor, Tensor> merged_attention(
   Call<MergedAttentionParams> call = merged_attention_call(
       query, steady, store, addresses, counters, estimate, estimate_lse, scale, pages, page_table,
       page_size);
-  check(!pages, "merged_attention", "pages are not built for CUDA yet");
   MergedAttentionParams& params = call.params;
+  check(
+      !pages ||
+          (params.store_capacity < kMostSlots && params.pages * params.page_size < kMostSlots &&
+           params.page_size < kMostSlots),
+      "merged_attention",
+      "store and page cache must hold fewer than 2^30 tokens for each head, got ",
+      params.store_capacity, " and ", params.pages * params.page_size);
   const Launcher launch("merged_attention", query);
   const MergedAttentionResults results = merged_attention_results(params, query);
   const int64_t tasks = params.batch * params.heads;
@@ -112,14 +129,28 @@ std::tuple<Tensor, Tensor> merged_attention(
   const int64_t ranks = params.retrieved_clusters;
   const int64_t before = workspace.reserve<int32_t>(tasks * (ranks + 1));
   const int64_t shift = workspace.reserve<int32_t>(tasks * ranks);
+  const int64_t first = workspace.reserve<int32_t>(pages ? tasks * ranks : 0);
   workspace.allocate(query);
   use_attend(space, workspace, attention);
   attention.retrieved = {workspace.at<int32_t>(before), workspace.at<int32_t>(shift), ranks};
+  if (pages && params.page_table != nullptr) {
+    attention.pages.sources = params.page_table;
+    attention.pages.first = workspace.at<int32_t>(first);
+    attention.pages.stride = params.entries;
+    attention.pages.keys = params.page_keys;
+    attention.pages.values = params.page_values;
+    attention.pages.pages = params.pages;
+    attention.pages.page_size = params.page_size;
+  }
 
-  PlaceParams place;
+  PlaceParams place = {};
   place.retrieved_clusters = ranks;
   place.store_capacity = params.store_capacity;
   place.addresses = params.addresses;
+  place.columns = params.address_columns;
+  place.page_size = params.page_size;
+  place.entries = params.entries;
+  place.first = attention.pages.sources == nullptr ? nullptr : workspace.at<int32_t>(first);
   place.before = workspace.at<int32_t>(before);
   place.shift = workspace.at<int32_t>(shift);
   place.tickets = attention.tickets;

@@ -5,6 +5,8 @@
 #include <limits>
 #include <vector>
 
+#include "cpu_ops.h"
+
 namespace retro {
 namespace {
 
@@ -242,6 +244,8 @@ Tally gather_head(const PageGatherParams& params, int64_t task) {
   }
 }
 
+}  // namespace
+
 Tensor page_gather(
     const Tensor& retrieved,
     const Tensor& offsets,
@@ -256,8 +260,8 @@ Tensor page_gather(
     int64_t page_size) {
   Tensor addresses;
   const Call<PageGatherParams> call = page_gather_call(
-      retrieved, offsets, store, pages, page_table, free_pages, decisions, requests, cached,
-      counters, page_size, addresses);
+      kOp, retrieved, "retrieved", retrieved, offsets, store, pages, page_table, free_pages,
+      decisions, requests, cached, counters, page_size, &addresses);
   const PageGatherParams& params = call.params;
   const int64_t tasks = params.batch * params.heads;
   for (int64_t task = 0; task < tasks; ++task) Head(params, task).check_values();
@@ -282,7 +286,6 @@ Tensor page_gather(
   return addresses;
 }
 
-}  // namespace
 }  // namespace retro
 
 STABLE_TORCH_LIBRARY_IMPL(retro, CPU, m) { m.impl("page_gather", TORCH_BOX(&retro::page_gather)); }

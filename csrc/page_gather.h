@@ -25,7 +25,11 @@ struct PageGatherParams {
   int64_t* addresses;        // [B, Hkv, R, 3]: first slot, number of tokens, first page table entry
 };
 
+// Tensors must be on the device of `like`, an argument of `op`. `addresses` is made, if it is wanted.
 inline Call<PageGatherParams> page_gather_call(
+    const char* op,
+    const Tensor& like,
+    const char* like_name,
     const Tensor& retrieved,
     const Tensor& offsets,
     const Tensor& store,
@@ -37,57 +41,53 @@ inline Call<PageGatherParams> page_gather_call(
     const Tensor& cached,
     const Tensor& counters,
     int64_t page_size,
-    Tensor& addresses) {
-  constexpr const char* kOp = "page_gather";
-  check_shape(kOp, "retrieved", retrieved, "B, Hkv, R", {kAny, kAny, kAny});
-  check_dtype(kOp, "retrieved", retrieved, ScalarType::Int);
+    Tensor* addresses) {
+  check_shape(op, "retrieved", retrieved, "B, Hkv, R", {kAny, kAny, kAny});
+  check_dtype(op, "retrieved", retrieved, ScalarType::Int);
   const int64_t batch = retrieved.size(0), heads = retrieved.size(1);
   const int64_t ranks = retrieved.size(2);
-  check_shape(kOp, "offsets", offsets, "B, Hkv, C + 1", {batch, heads, kAny});
-  check_dtype(kOp, "offsets", offsets, ScalarType::Int);
-  check(offsets.size(2) >= 1, kOp, "offsets must hold C + 1 >= 1 entries, got 0");
+  check_shape(op, "offsets", offsets, "B, Hkv, C + 1", {batch, heads, kAny});
+  check_dtype(op, "offsets", offsets, ScalarType::Int);
+  check(offsets.size(2) >= 1, op, "offsets must hold C + 1 >= 1 entries, got 0");
   const int64_t clusters = offsets.size(2) - 1;
-  check_shape(kOp, "store", store, "2, B, Hkv, N, D", {2, batch, heads, kAny, kAny});
-  check_element_dtype(kOp, "store", store);
+  check_shape(op, "store", store, "2, B, Hkv, N, D", {2, batch, heads, kAny, kAny});
+  check_element_dtype(op, "store", store);
   const int64_t head_dim = store.size(4);
-  check_head_dim(kOp, head_dim);
-  check(page_size >= 1, kOp, "page_size must be at least 1 token, got ", page_size);
-  check_shape(
-      kOp, "pages", pages, "2, B, Hkv, P * page_size, D", {2, batch, heads, kAny, head_dim});
-  check_dtype(kOp, "pages", pages, store.scalar_type());
-  check_rows(kOp, "pages", pages);
+  check_head_dim(op, head_dim);
+  check(page_size >= 1, op, "page_size must be at least 1 token, got ", page_size);
+  check_shape(op, "pages", pages, "2, B, Hkv, P * page_size, D", {2, batch, heads, kAny, head_dim});
+  check_dtype(op, "pages", pages, store.scalar_type());
+  check_rows(op, "pages", pages);
   check(
-      pages.size(3) % page_size == 0, kOp, "pages must hold a multiple of page_size (", page_size,
+      pages.size(3) % page_size == 0, op, "pages must hold a multiple of page_size (", page_size,
       ") tokens, got ", pages.size(3));
   const int64_t count = pages.size(3) / page_size, entries = store.size(3) / page_size + clusters;
-  check_shape(kOp, "page_table", page_table, "B, Hkv, N / page_size + C", {batch, heads, entries});
-  check_dtype(kOp, "page_table", page_table, ScalarType::Int);
-  check_contiguous(kOp, "page_table", page_table);
-  check_shape(kOp, "free_pages", free_pages, "B, Hkv, 2 + P", {batch, heads, kFreeHeader + count});
-  check_dtype(kOp, "free_pages", free_pages, ScalarType::Int);
-  check_contiguous(kOp, "free_pages", free_pages);
-  check_shape(
-      kOp, "decisions", decisions, "B, Hkv, 2 + P", {batch, heads, kDecisionHeader + count});
-  check_dtype(kOp, "decisions", decisions, ScalarType::Int);
-  check_contiguous(kOp, "decisions", decisions);
-  check_shape(kOp, "requests", requests, "B, Hkv, 3 + R", {batch, heads, kRequestHeader + ranks});
-  check_dtype(kOp, "requests", requests, ScalarType::Int);
-  check_contiguous(kOp, "requests", requests);
-  check_shape(kOp, "cached", cached, "B, Hkv, C", {batch, heads, clusters});
-  check_dtype(kOp, "cached", cached, ScalarType::Byte);
-  check_contiguous(kOp, "cached", cached);
-  check_counters(kOp, counters, batch);
-  check_device(kOp, "offsets", offsets, retrieved, "retrieved");
-  check_device(kOp, "store", store, retrieved, "retrieved");
-  check_device(kOp, "pages", pages, retrieved, "retrieved");
-  check_device(kOp, "page_table", page_table, retrieved, "retrieved");
-  check_device(kOp, "free_pages", free_pages, retrieved, "retrieved");
-  check_device(kOp, "decisions", decisions, retrieved, "retrieved");
-  check_device(kOp, "requests", requests, retrieved, "retrieved");
-  check_device(kOp, "cached", cached, retrieved, "retrieved");
-  check_device(kOp, "counters", counters, retrieved, "retrieved");
+  check_shape(op, "page_table", page_table, "B, Hkv, N / page_size + C", {batch, heads, entries});
+  check_dtype(op, "page_table", page_table, ScalarType::Int);
+  check_contiguous(op, "page_table", page_table);
+  check_shape(op, "free_pages", free_pages, "B, Hkv, 2 + P", {batch, heads, kFreeHeader + count});
+  check_dtype(op, "free_pages", free_pages, ScalarType::Int);
+  check_contiguous(op, "free_pages", free_pages);
+  check_shape(op, "decisions", decisions, "B, Hkv, 2 + P", {batch, heads, kDecisionHeader + count});
+  check_dtype(op, "decisions", decisions, ScalarType::Int);
+  check_contiguous(op, "decisions", decisions);
+  check_shape(op, "requests", requests, "B, Hkv, 3 + R", {batch, heads, kRequestHeader + ranks});
+  check_dtype(op, "requests", requests, ScalarType::Int);
+  check_contiguous(op, "requests", requests);
+  check_shape(op, "cached", cached, "B, Hkv, C", {batch, heads, clusters});
+  check_dtype(op, "cached", cached, ScalarType::Byte);
+  check_contiguous(op, "cached", cached);
+  check_counters(op, counters, batch);
+  check_device(op, "offsets", offsets, like, like_name);
+  check_device(op, "store", store, like, like_name);
+  check_device(op, "pages", pages, like, like_name);
+  check_device(op, "page_table", page_table, like, like_name);
+  check_device(op, "free_pages", free_pages, like, like_name);
+  check_device(op, "decisions", decisions, like, like_name);
+  check_device(op, "requests", requests, like, like_name);
+  check_device(op, "cached", cached, like, like_name);
+  check_device(op, "counters", counters, like, like_name);
 
-  addresses = torch::stable::new_empty(retrieved, {batch, heads, ranks, 3}, ScalarType::Long);
   Call<PageGatherParams> call;
   PageGatherParams& params = call.params;
   params.dtype = element_dtype(store);
@@ -115,7 +115,11 @@ inline Call<PageGatherParams> page_gather_call(
   params.requests = static_cast<int32_t*>(requests.data_ptr());
   params.cached = static_cast<uint8_t*>(cached.data_ptr());
   params.counters = static_cast<int64_t*>(counters.data_ptr());
-  params.addresses = static_cast<int64_t*>(addresses.data_ptr());
+  params.addresses = nullptr;
+  if (addresses != nullptr) {
+    *addresses = torch::stable::new_empty(retrieved, {batch, heads, ranks, 3}, ScalarType::Long);
+    params.addresses = static_cast<int64_t*>(addresses->data_ptr());
+  }
   return call;
 }
 

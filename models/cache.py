@@ -111,6 +111,8 @@ class RetroCacheLayer(CacheLayerMixin):
         self.max_length = max_length
         self.offload_store = offload
         self.retro: RetroLayer | None = None
+        # Layers that still have no memory when this one gets its own, this one included.
+        self.layers_to_come = 1
         # A tensor, changed in place, so that positions do not recompile a step. It counts padding.
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
         # Tokens so far up to the last padding that is not at the beginning of a row.
@@ -132,6 +134,7 @@ class RetroCacheLayer(CacheLayerMixin):
                 dtype=key_states.dtype,
                 device=key_states.device,
                 offload=self.offload_store,
+                _layers_to_come=self.layers_to_come,
             )
         self._allocate(retro)
 
@@ -353,6 +356,14 @@ class RetroCacheLayer(CacheLayerMixin):
         self.cumulative_length.zero_()
         self.padded_length.zero_()
         self.is_filled = False
+        self._build_marks = None
+
+    def release(self) -> None:
+        """Gives the memory back; the layer is as it was made."""
+        self.retro = None
+        self.cumulative_length = torch.zeros((), dtype=torch.int64)
+        self.padded_length = torch.zeros((), dtype=torch.int64)
+        self.is_filled = self.is_initialized = False
         self._build_marks = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -579,8 +590,8 @@ class RetroCache(Cache):
         retro_config: budgets and sizes; None: the defaults.
         max_cache_len: tokens that a row can hold, prompt and generated ones.
         batch_size: rows.
-        offload: keep the KV stores in slow memory behind page caches; see `RetroLayer`. Not built
-            yet on a GPU.
+        offload: keep the KV stores in slow memory behind page caches; see `RetroLayer`. On a GPU
+            there must be room for all layers when the first one gets its memory.
         prefill_attention: how full-attention layers attend to a prompt; None: exactly, by
             transformers' `sdpa`. See `retro_ops.models.prefill`.
 
@@ -638,6 +649,8 @@ class RetroCache(Cache):
                 limit = max_cache_len if "full_attention" in layer_types else None
                 layers.append(SlidingCacheLayer(window, limit))
         super().__init__(layers=layers)
+        for place, layer in enumerate(reversed(self.retro_layers)):
+            layer.layers_to_come = place + 1
         self._model = _model_fields(config)
         self._offload = offload
         self._rows = batch_size
@@ -661,12 +674,21 @@ class RetroCache(Cache):
         if layer_idx == 0:  # before any layer has changed
             self._check_room(key_states)
             self._check_memory(key_states, value_states)
+        if not self.layers[layer_idx].is_initialized:
+            try:
+                self.layers[layer_idx].lazy_initialization(key_states, value_states)
+            except MemoryError:  # give back what there is, or the next try would find less
+                for layer in self.retro_layers:
+                    layer.release()
+                raise
+            _mark_last(self.retro_layers)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def early_initialization(self, batch_size: int, *args: Any, **kwargs: Any) -> None:
         """Allocates all layers now instead of with their first tokens; see `Cache`."""
         self._check_rows(batch_size)
         super().early_initialization(batch_size, *args, **kwargs)
+        _mark_last(self.retro_layers)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the latest tokens of every row, exactly.
@@ -710,6 +732,7 @@ class RetroCache(Cache):
             )
         twin = copy.copy(self)
         twin.layers = [layer.fork(rows) for layer in self.layers]
+        _mark_last(twin.retro_layers)
         twin._rows = len(chosen)
         return twin
 
@@ -778,13 +801,13 @@ class RetroCache(Cache):
                 devices than layers.
         """
         path = Path(path)
-        first = str(device) if isinstance(device, (torch.device, str)) else "cpu"
         if not path.is_file():
             raise FileNotFoundError(f"RetroCache.load: no file {str(path)!r}")
         try:
-            with safe_open(path, framework="pt", device=first) as file:
+            with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("header", "null"))
                 _check_header(path, header, config, retro_config)
+                offloads = header["offload"] if offload is None else offload
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(
@@ -796,7 +819,7 @@ class RetroCache(Cache):
             RetroConfig(**header["retro_config"]),
             max_cache_len=header["max_cache_len"] if max_cache_len is None else max_cache_len,
             batch_size=header["batch_size"],
-            offload=header["offload"] if offload is None else offload,
+            offload=offloads,
         )
         places = (
             [device] * len(cache.layers)
@@ -809,11 +832,14 @@ class RetroCache(Cache):
                 f"layers, got {len(places)}"
             )
         if "0.steady" in tensors:
-            cache._check_memory(*tensors["0.steady"])
+            cache._check_memory(*tensors["0.steady"].to(places[0]))
         for index, (layer, place) in enumerate(zip(cache.layers, places, strict=True)):
             prefix = f"{index}."
+            # A store in host memory need not fit into the GPU's.
             own = {
-                name.removeprefix(prefix): tensor.to(place)
+                name.removeprefix(prefix): tensor.to(
+                    "cpu" if offloads and name.endswith(".store") else place
+                )
                 for name, tensor in tensors.items()
                 if name.startswith(prefix)
             }
@@ -823,6 +849,7 @@ class RetroCache(Cache):
                 raise ValueError(
                     f"RetroCache.load: layer {index} of {str(path)!r} does not load: {error}"
                 ) from error
+        _mark_last(cache.retro_layers)
         return cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -891,6 +918,15 @@ class RetroCache(Cache):
                 f"RetroCache: a row holds {held} of max_cache_len {self._max_tokens} tokens, "
                 f"{tokens} more do not fit; {advice}"
             )
+
+
+def _mark_last(layers: list[RetroCacheLayer]) -> None:
+    """Tells the layers, of which a model's step runs all, which one is the last on each device."""
+    seen = set()
+    for layer in reversed(layers):
+        if layer.retro is not None:
+            layer.retro.joins = layer.retro.store.device not in seen
+            seen.add(layer.retro.store.device)
 
 
 def _model_fields(config: PreTrainedConfig) -> dict[str, Any]:

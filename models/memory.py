@@ -12,6 +12,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from retro_ops.wave_buffer import ON_HOST
+
 GIB = 1 << 30
 HOST = "host"
 """The name of the host's memory, beside "cuda:0" and so on."""
@@ -93,7 +95,7 @@ def layer_bytes(layer: Any, keys: Tensor, values: Tensor) -> dict[str, int]:
 
 def host_buffers(layer: Any) -> tuple[str, ...]:
     """Names of the buffers of a layer on a GPU that are in the host's memory."""
-    return ("store",) if getattr(layer, "offload_store", False) else ()
+    return ON_HOST if getattr(layer, "offload_store", False) else ()
 
 
 def check_cache(

@@ -391,6 +391,7 @@ def _add_bench_buffer(kinds: Any) -> None:
         default="synthetic,recall",
         help="made ones, a layer with random queries (timed), what a model retrieves",
     )
+    kind.add_argument("--device", type=device, help="of layer: cpu or cuda (cuda if there is one)")
     kind.add_argument(
         "--context", type=numbers, help="tokens (recall: 32768, gemma: 16384, others: 131072)"
     )
@@ -399,7 +400,8 @@ def _add_bench_buffer(kinds: Any) -> None:
         "--overlap",
         type=fractions,
         default="0.3,0.6,0.8",
-        help="synthetic: clusters that a step shares with the one before",
+        help="synthetic: clusters that a step shares with the one before; layer on a GPU: how "
+        "probably a head asks for the same again",
     )
     kind.add_argument("--cache-ratio", type=fractions, default="0.05,0.025,0.1")
     kind.add_argument("--policy", type=names(POLICIES), default=",".join(POLICIES))
@@ -423,6 +425,7 @@ def _bench_buffer(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     with _progress() as progress:
         for case in buffer.run(
+            device=torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
             traces=options.trace,
             contexts=options.context,
             batch_sizes=options.batch,

@@ -13,6 +13,7 @@ from retro_ops.ops import (
     cluster_gather,
     decode_attention,
     merged_attention,
+    offloaded_attention,
     page_gather,
     update_pages,
     wave_estimate,
@@ -45,7 +46,31 @@ def decode_step(
     config, index = layer.config, layer.index
     append_tokens(keys, values, None, layer.steady, layer.counters, layer.max_length)
     wave_index.grow(layer)
-    if query.is_cuda and not layer.offload and sinks is None:  # the rest in one op, the same bits
+    if query.is_cuda and layer.offload and sinks is None:  # the rest in one op, the same bits
+        return offloaded_attention(
+            query,
+            layer.steady,
+            layer.store,
+            *index,
+            layer.pages,
+            layer.page_table,
+            layer.free_pages,
+            layer.requests,
+            layer.cached,
+            layer.history,
+            layer.decisions,
+            layer.counters,
+            layer.max_retrieved,
+            config.retrieval_budget,
+            config.min_retrieved_clusters,
+            config.estimation_budget,
+            config.estimator,
+            scale,
+            config.page_size,
+            layer.policy,
+            layer.joins,
+        )
+    if query.is_cuda and not layer.offload and sinks is None:
         return decode_attention(
             query,
             layer.steady,

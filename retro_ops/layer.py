@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -36,11 +37,13 @@ class RetroLayer(nn.Module):
         dtype: torch.float32, torch.bfloat16 or torch.float16.
         device: where the state lives.
         offload: keep the KV store in slow memory behind a page cache of `config.cache_ratio` of it.
-            Changes no result, bit for bit. On a CPU both are plain memory; not built yet on a GPU.
+            Changes no result, bit for bit. On a CPU both are plain memory. On a GPU the store is
+            pinned memory of the host; such a layer stays where it is: it cannot be moved, copied by
+            `copy.deepcopy` (see `fork`) or exported.
 
     Raises:
         ValueError: a number or dtype is out of range.
-        NotImplementedError: `offload=True` on a GPU.
+        MemoryError: host or GPU have no room for an offloaded layer on a GPU.
     """
 
     steady: Tensor  # [2, B, Hkv, S, D]
@@ -72,6 +75,7 @@ class RetroLayer(nn.Module):
         device: torch.device | str = "cpu",
         offload: bool = False,
         _policy: str = DEFAULT_POLICY,
+        _layers_to_come: int = 1,
     ) -> None:
         super().__init__()
         for name, number in (
@@ -94,11 +98,6 @@ class RetroLayer(nn.Module):
         if dtype not in ELEMENT_DTYPES:
             names = ", ".join(str(allowed) for allowed in ELEMENT_DTYPES)
             raise ValueError(f"RetroLayer: dtype must be one of {names}, got {dtype}")
-        if offload and torch.device(device).type == "cuda":
-            raise NotImplementedError(
-                "RetroLayer: offload=True is not built yet on a GPU; use offload=False, which "
-                f"keeps all KV on the device ({device})"
-            )
         if _policy not in POLICIES:
             names = ", ".join(POLICIES)
             raise ValueError(f"RetroLayer: _policy must be one of {names}, got {_policy!r}")
@@ -110,6 +109,9 @@ class RetroLayer(nn.Module):
         self.max_length = max_length
         self.offload = offload
         self.policy = _policy
+        # Offloaded on a GPU: whether this layer's step is the device's last one in a CUDA graph.
+        # Who captures several layers in one graph says which of them it is.
+        self.joins = True
 
         tokens, clusters = wave_index.indexed_capacity(config, max_length)
         self.max_retrieved = retrieved_count(
@@ -132,8 +134,16 @@ class RetroLayer(nn.Module):
             buffers |= wave_buffer.shapes(
                 config, groups, tokens, clusters, self.max_retrieved, head_dim, dtype
             )
-        for name, (shape, kind) in buffers.items():
-            self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
+        device = torch.device(device)
+        if self._shares_host_memory(device):
+            made = wave_buffer.allocate(buffers, device, _layers_to_come)
+        else:
+            made = {
+                name: torch.zeros(shape, dtype=kind, device=device)
+                for name, (shape, kind) in buffers.items()
+            }
+        for name, buffer in made.items():
+            self.register_buffer(name, buffer)
         if offload:
             wave_buffer.clear(self)
 
@@ -339,8 +349,11 @@ class RetroLayer(nn.Module):
             rows: `[B]` integers.
         """
         for name, buffer in self.named_buffers():
-            axis = _row_axis(name)
-            buffer.copy_(buffer.index_select(axis, rows.to(buffer.device)))
+            axis, own_rows = _row_axis(name), rows.to(buffer.device)
+            if name == "store" and self.offload:
+                wave_buffer.reorder_store(buffer, own_rows)
+            else:
+                buffer.copy_(buffer.index_select(axis, own_rows))
 
     def fork(self, rows: Tensor | None = None) -> RetroLayer:
         """A copy that goes on by itself: a shared prefix, several continuations.
@@ -372,24 +385,28 @@ class RetroLayer(nn.Module):
             offload=self.offload,
             _policy=self.policy,
         )
+        twin.joins = self.joins
         for name, buffer in self.named_buffers():
-            picked = buffer.index_select(_row_axis(name), rows.to(buffer.device))
-            twin.get_buffer(name).copy_(picked)
+            wave_buffer.copy_rows(twin.get_buffer(name), buffer, _row_axis(name), chosen)
         return twin.train(self.training)
 
     def used_state(self) -> dict[str, Tensor]:
         """Copies of the buffers as far as they are in use, for `load_used_state`.
 
-        The page cache of an offloaded layer is left out: it changes no result.
+        The page cache of an offloaded layer is left out: it changes no result. The copy of a store
+        in host memory is on the CPU.
         """
         ends = self._used_ends(self.counters)
-        return {
-            name: buffer[_up_to(ends.get(name), buffer)].clone(
-                memory_format=torch.contiguous_format
-            )
-            for name, buffer in self.named_buffers()
-            if name not in wave_buffer.NAMES
-        }
+        state = {}
+        for name, buffer in self.named_buffers():
+            if name in wave_buffer.NAMES:
+                continue
+            used = buffer[_up_to(ends.get(name), buffer)]
+            if name == "store" and self._shares_host_memory(buffer.device):
+                state[name] = wave_buffer.store_on_cpu(used)
+            else:
+                state[name] = used.clone(memory_format=torch.contiguous_format)
+        return state
 
     def load_used_state(self, state: dict[str, Tensor]) -> None:
         """Replaces whatever the layer holds with what `used_state` of another layer gave.
@@ -437,13 +454,39 @@ class RetroLayer(nn.Module):
             )
         self.reset()
         for name, buffer in own.items():
-            buffer[_up_to(ends.get(name), buffer)].copy_(state[name])
+            if name == "store" and self.offload:
+                wave_buffer.load_store(buffer, state[name])
+            else:
+                buffer[_up_to(ends.get(name), buffer)].copy_(state[name])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         # Another layer's KV without its page cache, if `strict=False` lets that pass.
         if self.offload and any(prefix + name not in state_dict for name in wave_buffer.NAMES):
             wave_buffer.clear(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RetroLayer:
+        if self._shares_host_memory(self.store.device):
+            raise RuntimeError(
+                "RetroLayer: an offloaded layer on a GPU cannot be moved or cast: graphs and "
+                "threads know its memory by its address; make another one, and have it "
+                "load_used_state(layer.used_state())"
+            )
+        return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RetroLayer:
+        if self._shares_host_memory(self.store.device):
+            raise RuntimeError(
+                "RetroLayer: an offloaded layer on a GPU cannot be copied by copy.deepcopy, which "
+                "would put its store into GPU memory; fork() it"
+            )
+        twin = RetroLayer.__new__(RetroLayer)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def _shares_host_memory(self, device: torch.device) -> bool:
+        return self.offload and device.type == "cuda"
 
     def lengths(self) -> Tensor:
         """Tokens that each row holds, padding not included: `[B]` int64, on the device."""
@@ -470,6 +513,9 @@ class RetroLayer(nn.Module):
             page_admissions, page_evictions: clusters that came into the page cache and left it.
             late_decisions: times that a KV head's step found no decision of the step before on what
                 may leave the page cache; always 0 on a CPU, which decides between two steps.
+            page_updates, page_update_us: decisions that threads of the host have made beside the
+                steps of a GPU since the layer was made, and microseconds from the end of their
+                gather to theirs, in sum.
             truncated_clusters: clusters dropped for want of room; always 0: the working set has no
                 buffer that could overflow.
             dropped_tokens: tokens that found no room in a full row on a GPU; the CPU raises.
@@ -487,6 +533,9 @@ class RetroLayer(nn.Module):
             + estimated * (token_bytes // 2)  # mean value
         ) / self.batch_size
         retrieved = totals[Counter.RETRIEVED_TOKENS] / rows_steps * token_bytes
+        updates = nanoseconds = 0
+        if self.offload:
+            _, updates, nanoseconds = torch.ops.retro.update_counts(self.history)
         return {
             "steps": steps,
             "steady_tokens": totals[Counter.STEADY_TOKENS],
@@ -500,6 +549,8 @@ class RetroLayer(nn.Module):
             "page_admissions": totals[Counter.ADMISSIONS],
             "page_evictions": totals[Counter.EVICTIONS],
             "late_decisions": totals[Counter.LATE_DECISIONS],
+            "page_updates": updates,
+            "page_update_us": nanoseconds // 1000,
             "truncated_clusters": 0,
             "dropped_tokens": totals[Counter.DROPPED_TOKENS],
             "bytes_read_per_token": round(per_head * self.num_kv_heads + retrieved),

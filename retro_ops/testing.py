@@ -353,6 +353,7 @@ def example_arguments(op: str, device: torch.device | str = "cpu") -> Arguments:
         "estimate_lse": ((rows, query_heads), torch.float32),
         "grad": ((rows, query_heads, head_dim), torch.float32),
         "argument": ((*groups, tokens, head_dim), torch.float32),
+        "like": ((1,), torch.float32),
     }
     numbers: Arguments = {
         "cluster_size": 2,
@@ -373,6 +374,8 @@ def example_arguments(op: str, device: torch.device | str = "cpu") -> Arguments:
         "op": "wave_estimate",
         "select": "",
         "seconds": 0.0,
+        "size": [rows, heads],
+        "join": True,
     }
     arguments: Arguments = {}
     for argument in getattr(torch.ops.retro, op).default._schema.arguments:
@@ -393,6 +396,13 @@ def on_device(arguments: Arguments, device: torch.device | str) -> Arguments:
         name: _copy(value, device) if isinstance(value, Tensor) else value
         for name, value in arguments.items()
     }
+
+
+def host_copy(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A copy in memory of the host that the GPU `device` sees as its own; on a CPU a plain one."""
+    like = torch.empty(0, dtype=tensor.dtype, device=device)
+    copy: Tensor = torch.ops.retro.host_tensor(like, list(tensor.shape))
+    return copy.copy_(tensor)
 
 
 def _copy(tensor: Tensor, device: torch.device | str | None = None) -> Tensor:

@@ -2,12 +2,16 @@
 
 Each tensor has one writer: `page_gather` writes what it looks up and what it reports,
 `update_pages` its memory and its decisions. Neither waits for the other.
+
+On a GPU the store, and what the host reads or writes between steps, are memory of the host that the
+GPU sees as its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
     from retro_ops.layer import RetroLayer
 
 NAMES = ("pages", "page_table", "free_pages", "decisions", "requests", "cached", "history")
+ON_HOST = ("store", "decisions", "requests", "cached", "history")
+"""Of an offloaded layer on a GPU, what is host memory."""
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -72,3 +78,126 @@ def clear_buffers(buffers: Mapping[str, Tensor]) -> None:
     free[:, :, FreeHeader.STEP] = 0
     free[:, :, FreeHeader.COUNT] = count
     free[:, :, len(FreeHeader) :] = torch.arange(count, dtype=torch.int32, device=free.device)
+
+
+def allocate(shapes: Shapes, device: torch.device, layers: int) -> dict[str, Tensor]:
+    """The buffers of an offloaded layer on a GPU; those of `ON_HOST` in host memory.
+
+    Everything is zero but the store, which nothing reads before it is written.
+
+    Args:
+        shapes: of all buffers.
+        layers: such layers that are still to be made, this one included; there must be room for
+            all of them.
+
+    Raises:
+        MemoryError: there is not; nothing is allocated then, or given back.
+    """
+    check_room(shapes, device, layers)
+    buffers: dict[str, Tensor] = {}
+    try:
+        for name, (shape, dtype) in shapes.items():
+            if name not in ON_HOST:
+                buffers[name] = torch.zeros(shape, dtype=dtype, device=device)
+                continue
+            buffers[name] = host_tensor(shape, dtype, device)
+            if name != "store":
+                buffers[name].zero_()
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        buffers.clear()
+        raise MemoryError(
+            f"RetroLayer: offload=True on {device} found no memory, though there seemed to be "
+            f"enough: {str(error).splitlines()[0]}"
+        ) from None
+    return buffers
+
+
+def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Pinned memory of the host as a tensor of a GPU; what it holds is not set."""
+    tensor: Tensor = torch.ops.retro.host_tensor(
+        torch.empty(0, dtype=dtype, device=device), list(shape)
+    )
+    return tensor
+
+
+def check_room(shapes: Shapes, device: torch.device, layers: int) -> None:
+    """Raises MemoryError unless host and GPU have room for the buffers of so many layers."""
+    needed = {True: 0, False: 0}
+    for name, (shape, dtype) in shapes.items():
+        needed[name in ON_HOST] += layers * math.prod(shape) * dtype.itemsize
+    for where, bytes_, free in (
+        ("host memory", needed[True], free_host_bytes()),
+        (f"memory of {device}", needed[False], free_device_bytes(device)),
+    ):
+        if bytes_ > free:
+            raise MemoryError(
+                f"RetroLayer: offload=True needs {bytes_ / 1e9:.2f} GB of {where} for {layers} "
+                f"layer{'s' * (layers > 1)}, {free / 1e9:.2f} GB are free; make max_length or the "
+                "batch smaller"
+            )
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Bytes that torch can still allocate on a GPU, those that it keeps for reuse included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def free_host_bytes() -> int:
+    """Bytes of host memory that this process can still get: the machine's, or its cgroup's."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = 1024 * int(meminfo["MemAvailable"].split()[0])
+    return min([free, *_free_in_cgroups()])
+
+
+def _free_in_cgroups() -> Iterator[int]:
+    """What cgroups leave this process, where they limit memory; file caches count as free."""
+    root = Path("/sys/fs/cgroup")
+    for limit, usage, stat, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ):
+        try:
+            most = (root / limit).read_text().strip()
+            used = int((root / usage).read_text())
+            stats = dict(line.split() for line in (root / stat).read_text().splitlines())
+        except OSError:  # there is no such group
+            continue
+        if most != "max":
+            yield max(int(most) - used + int(stats.get(cached, 0)), 0)
+
+
+def copy_rows(target: Tensor, source: Tensor, axis: int, rows: list[int]) -> None:
+    """Row i of `target` becomes row `rows[i]` of another tensor, without a copy of them all."""
+    for place, row in enumerate(rows):
+        target.select(axis, place).copy_(source.select(axis, row))
+
+
+def reorder_store(store: Tensor, rows: Tensor) -> None:
+    """Row i of `[2, B, Hkv, N, D]` becomes what row `rows[i]` was, one head after another."""
+    for half in store:
+        for head in half.unbind(1):
+            head.copy_(head.index_select(0, rows))
+
+
+def store_on_cpu(store: Tensor) -> Tensor:
+    """A copy of `[2, B, Hkv, N, D]`, one row and head after another."""
+    there = torch.empty(store.shape, dtype=store.dtype)
+    for half in range(2):
+        for row in range(store.shape[1]):
+            for head in range(store.shape[2]):
+                there[half, row, head].copy_(store[half, row, head])
+    return there
+
+
+def load_store(store: Tensor, given: Tensor) -> None:
+    """`store[:, :, :, :n]` becomes `given` `[2, B, Hkv, n, D]`, one row and head after another."""
+    for half in range(2):
+        for row in range(store.shape[1]):
+            for head in range(store.shape[2]):
+                store[half, row, head, : given.shape[3]].copy_(given[half, row, head])

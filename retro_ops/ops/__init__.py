@@ -7,6 +7,7 @@ from retro_ops.ops.cluster_keys import cluster_keys
 from retro_ops.ops.decode_attention import decode_attention
 from retro_ops.ops.grow_index import grow_index
 from retro_ops.ops.merged_attention import merged_attention
+from retro_ops.ops.offloaded_attention import offloaded_attention
 from retro_ops.ops.pack_clusters import pack_clusters
 from retro_ops.ops.page_gather import page_gather
 from retro_ops.ops.update_pages import update_pages
@@ -19,6 +20,7 @@ __all__ = [
     "decode_attention",
     "grow_index",
     "merged_attention",
+    "offloaded_attention",
     "pack_clusters",
     "page_gather",
     "update_pages",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 ELEMENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ESTIMATORS = ("variance", "mean")
+POLICIES = ("lru", "lru2", "lfu")
 
 
 class Counter(IntEnum):
@@ -196,6 +197,112 @@ def check_pages(
         ),
     )
     return pages.shape[3] // page_size
+
+
+def check_page_cache(
+    op: str,
+    like: Tensor,
+    like_name: str,
+    groups: tuple[int, int, int],
+    offsets: Tensor,
+    store: Tensor,
+    pages: Tensor,
+    page_table: Tensor,
+    free_pages: Tensor,
+    decisions: Tensor,
+    requests: Tensor,
+    cached: Tensor,
+    counters: Tensor,
+    page_size: int,
+) -> None:
+    """Raises unless these fit B, Hkv, R (`groups`) and are on the device of `like`."""
+    rows, heads, ranks = groups
+    check_shape(op, "offsets", offsets, "B, Hkv, C + 1", (rows, heads, None))
+    check_dtype(op, "offsets", offsets, torch.int32)
+    torch._check(
+        offsets.shape[2] >= 1, lambda: f"{op}: offsets must hold C + 1 >= 1 entries, got 0"
+    )
+    clusters = offsets.shape[2] - 1
+    check_shape(op, "store", store, "2, B, Hkv, N, D", (2, rows, heads, None, None))
+    check_element_dtype(op, "store", store)
+    check_head_dim(op, store.shape[4])
+    count = check_pages(op, pages, page_size, store)
+    check_rows(op, "pages", pages)
+    for name, tensor, letters, columns, dtype in (
+        (
+            "page_table",
+            page_table,
+            "N / page_size + C",
+            store.shape[3] // page_size + clusters,
+            torch.int32,
+        ),
+        ("free_pages", free_pages, "2 + P", len(FreeHeader) + count, torch.int32),
+        ("decisions", decisions, "2 + P", len(DecisionHeader) + count, torch.int32),
+        ("requests", requests, "3 + R", len(RequestHeader) + ranks, torch.int32),
+        ("cached", cached, "C", clusters, torch.uint8),
+    ):
+        check_shape(op, name, tensor, f"B, Hkv, {letters}", (rows, heads, columns))
+        check_dtype(op, name, tensor, dtype)
+        check_contiguous(op, name, tensor)
+    check_counters(op, counters, rows)
+    for name, tensor in (
+        ("offsets", offsets),
+        ("store", store),
+        ("pages", pages),
+        ("page_table", page_table),
+        ("free_pages", free_pages),
+        ("decisions", decisions),
+        ("requests", requests),
+        ("cached", cached),
+        ("counters", counters),
+    ):
+        check_device(op, name, tensor, like, like_name)
+
+
+def check_update(
+    op: str,
+    like: Tensor,
+    like_name: str,
+    requests: Tensor,
+    cached: Tensor,
+    history: Tensor,
+    decisions: Tensor,
+    policy: str,
+) -> None:
+    """Raises unless these fit each other and are on the device of `like`."""
+    check_shape(op, "requests", requests, "B, Hkv, 3 + R", (None, None, None))
+    check_dtype(op, "requests", requests, torch.int32)
+    check_contiguous(op, "requests", requests)
+    rows, heads, columns = requests.shape
+    torch._check(
+        columns >= len(RequestHeader),
+        lambda: f"{op}: requests must hold 3 + R >= 3 columns, got {columns}",
+    )
+    check_shape(op, "cached", cached, "B, Hkv, C", (rows, heads, None))
+    check_dtype(op, "cached", cached, torch.uint8)
+    check_contiguous(op, "cached", cached)
+    clusters = cached.shape[2]
+    check_shape(op, "history", history, "B, Hkv, C + 1, 2", (rows, heads, clusters + 1, 2))
+    check_dtype(op, "history", history, torch.int64)
+    check_contiguous(op, "history", history)
+    check_shape(op, "decisions", decisions, "B, Hkv, 2 + P", (rows, heads, None))
+    check_dtype(op, "decisions", decisions, torch.int32)
+    check_contiguous(op, "decisions", decisions)
+    torch._check(
+        decisions.shape[2] >= len(DecisionHeader),
+        lambda: f"{op}: decisions must hold 2 + P >= 2 columns, got {decisions.shape[2]}",
+    )
+    for name, tensor in (
+        ("requests", requests),
+        ("cached", cached),
+        ("history", history),
+        ("decisions", decisions),
+    ):
+        check_device(op, name, tensor, like, like_name)
+    torch._check(
+        policy in POLICIES,
+        lambda: f"{op}: policy must be one of {', '.join(map(repr, POLICIES))}, got '{policy}'",
+    )
 
 
 def check_heads(op: str, query_heads: int, kv_heads: int) -> None:

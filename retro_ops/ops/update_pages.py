@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from retro_ops.ops import _contract as contract
-from retro_ops.ops._contract import DecisionHeader, RequestHeader
+from retro_ops.ops._contract import POLICIES as POLICIES  # the names, for whoever uses the op
+from retro_ops.ops._contract import DecisionHeader
 
 OP = "update_pages"
-POLICIES = ("lru", "lru2", "lfu")
 DEFAULT_POLICY = "lfu"
 # As in csrc/update_pages_cpu.h.
 STAMP_RANKS = 4096
@@ -55,7 +55,9 @@ def update_pages(
     Raises:
         RuntimeError: a shape, dtype or name is wrong; the message has the values.
 
-    Runs at once on CPU tensors, all rows and heads in parallel.
+    Runs at once on CPU tensors, all rows and heads in parallel. CUDA tensors must be host tensors
+    (`torch.ops.retro.host_tensor`): a stream beside the current one has the worker pool run it, and
+    nothing waits for it. A CUDA graph can capture it, which joins that stream again.
     """
     torch.ops.retro.update_pages(requests, cached, history, decisions, policy)
 
@@ -113,37 +115,25 @@ def _fake(op: str) -> None:
     def _(
         requests: Tensor, cached: Tensor, history: Tensor, decisions: Tensor, policy: str
     ) -> None:
-        contract.check_shape(OP, "requests", requests, "B, Hkv, 3 + R", (None, None, None))
-        contract.check_dtype(OP, "requests", requests, torch.int32)
-        contract.check_contiguous(OP, "requests", requests)
-        rows, heads, columns = requests.shape
-        torch._check(
-            columns >= len(RequestHeader),
-            lambda: f"{OP}: requests must hold 3 + R >= 3 columns, got {columns}",
-        )
-        contract.check_shape(OP, "cached", cached, "B, Hkv, C", (rows, heads, None))
-        contract.check_dtype(OP, "cached", cached, torch.uint8)
-        contract.check_contiguous(OP, "cached", cached)
-        clusters = cached.shape[2]
-        contract.check_shape(
-            OP, "history", history, "B, Hkv, C + 1, 2", (rows, heads, clusters + 1, 2)
-        )
-        contract.check_dtype(OP, "history", history, torch.int64)
-        contract.check_contiguous(OP, "history", history)
-        contract.check_shape(OP, "decisions", decisions, "B, Hkv, 2 + P", (rows, heads, None))
-        contract.check_dtype(OP, "decisions", decisions, torch.int32)
-        contract.check_contiguous(OP, "decisions", decisions)
-        torch._check(
-            decisions.shape[2] >= len(DecisionHeader),
-            lambda: f"{OP}: decisions must hold 2 + P >= 2 columns, got {decisions.shape[2]}",
-        )
-        for name, tensor in (("cached", cached), ("history", history), ("decisions", decisions)):
-            contract.check_device(OP, name, tensor, requests, "requests")
-        torch._check(
-            policy in POLICIES,
-            lambda: f"{OP}: policy must be one of {', '.join(map(repr, POLICIES))}, got '{policy}'",
+        contract.check_update(
+            OP, requests, "requests", requests, cached, history, decisions, policy
         )
 
 
 _fake(OP)
 _fake(f"post_{OP}")
+
+
+@torch.library.register_fake("retro::update_counts")
+def _(history: Tensor) -> list[int]:
+    return [0, 0, 0]
+
+
+@torch.library.register_fake("retro::host_tensor")
+def _(like: Tensor, size: list[int]) -> Tensor:
+    return like.new_empty(size)
+
+
+@torch.library.register_fake("retro::host_bytes")
+def _(like: Tensor) -> int:
+    return 0
