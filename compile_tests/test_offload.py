@@ -470,9 +470,11 @@ def test_dead_threads_cost_hits_only() -> None:
     ran = run_python(
         STEPS
         + """
-import resource
+import resource, threading, time
 from test_update_pages import idle, make, post_update_pages
 torch.zeros(1, device="cuda")
+for _ in range(8):  # takes the stacks that ended threads have left
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 small = make("lru", 1, 1, 1)
 limits = resource.getrlimit(resource.RLIMIT_AS)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
