@@ -246,7 +246,11 @@ def test_decisions_change_no_bit(device: str, disturb: Callable[..., None]) -> N
 
 def test_decisions_that_come_when_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker thread decides while the next steps run: two layers, in turn."""
-    monkeypatch.setattr(retro_ops.decode, "update_pages", torch.ops.retro.post_update_pages)
+    monkeypatch.setattr(
+        retro_ops.decode,
+        "update_pages",
+        lambda *arguments: torch.ops.retro.post_update_pages(*arguments[:5]),
+    )
     config = replace(TIGHT, cache_ratio=0.3)
     pairs = [pair(config), pair(config, _policy="lru")]
     tokens = Tokens(pairs[0][0], 650)

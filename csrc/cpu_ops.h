@@ -43,7 +43,8 @@ void update_pages(
     const Tensor& cached,
     const Tensor& history,
     const Tensor& decisions,
-    std::string policy);
+    std::string policy,
+    bool join);
 
 std::tuple<Tensor, Tensor> merged_attention(
     const Tensor& query,

@@ -297,13 +297,14 @@ void update_pages(
     const Tensor& cached,
     const Tensor& history,
     const Tensor& decisions,
-    std::string policy) {
+    std::string policy,
+    bool join) {
   constexpr const char* kUpdate = "update_pages";
   const Call<UpdatePagesParams> call = update_pages_call(
       kUpdate, requests, "requests", requests, cached, history, decisions, policy);
   const Launcher launch(kUpdate, requests);
   post_update(kUpdate, launch, call);
-  join_updates(launch);
+  if (join) join_updates(launch);
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ STABLE_TORCH_LIBRARY(retro, m) {
       "Tensor? page_table=None, int page_size=0) -> (Tensor, Tensor)");
   m.def(  // offloaded; beside the step: the next one's page_gather reads the decisions
       "update_pages(Tensor requests, Tensor cached, Tensor(a!) history, Tensor(b!) decisions, "
-      "str policy) -> ()");
+      "str policy, bool join=True) -> ()");
   m.def(
       "decode_attention(Tensor query, Tensor steady, Tensor store, Tensor centroids, Tensor "
       "offsets, "

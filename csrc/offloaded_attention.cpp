@@ -31,7 +31,6 @@ Tensor offloaded_attention(
     int64_t page_size,
     std::string policy,
     bool join) {
-  (void)join;  // an update has ended when its op returns
   // As on CUDA. What depends on values the ops check.
   Tensor unused;
   const OffloadedAttentionCall call = offloaded_attention_call(
@@ -48,7 +47,7 @@ Tensor offloaded_attention(
   const Tensor out = std::get<0>(merged_attention(
       query, steady, store, addresses, counters, estimate, estimate_lse, scale, pages, page_table,
       page_size));
-  update_pages(requests, cached, history, decisions, policy);
+  update_pages(requests, cached, history, decisions, policy, join);
   return out;
 }
 

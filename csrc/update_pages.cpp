@@ -24,7 +24,9 @@ void update_pages(
     const Tensor& cached,
     const Tensor& history,
     const Tensor& decisions,
-    std::string policy) {
+    std::string policy,
+    bool join) {
+  (void)join;  // it has ended when the op returns
   const Call<UpdatePagesParams> call =
       update_pages_call(kOp, requests, "requests", requests, cached, history, decisions, policy);
   torch::stable::parallel_for(0, call.params.tasks, 1, [&](int64_t begin, int64_t end) {

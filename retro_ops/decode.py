@@ -124,7 +124,8 @@ def decode_step(
             layer.page_table,
             config.page_size,
         )
-        update_pages(layer.requests, layer.cached, layer.history, layer.decisions, layer.policy)
+        updated = (layer.requests, layer.cached, layer.history, layer.decisions)
+        update_pages(*updated, layer.policy, layer.joins)
         return out
     addresses = cluster_gather(retrieved, layer.offsets, layer.counters)
     out, _ = merged_attention(

@@ -20,7 +20,12 @@ MISS_MEMORY = 8
 
 
 def update_pages(
-    requests: Tensor, cached: Tensor, history: Tensor, decisions: Tensor, policy: str
+    requests: Tensor,
+    cached: Tensor,
+    history: Tensor,
+    decisions: Tensor,
+    policy: str,
+    join: bool = True,
 ) -> None:
     """Lists the clusters that may leave the page cache, the one least likely to be missed first.
 
@@ -49,6 +54,7 @@ def update_pages(
         decisions: `[B, Hkv, 2 + P]` int32: number of the gather, number of clusters, these
             clusters.
         policy: "lru", "lru2" or "lfu".
+        join: this is the last such op, on its device, of a CUDA graph that is being captured.
 
     Mutates: `history`, `decisions`; neither, where the gather has been seen before.
 
@@ -57,9 +63,10 @@ def update_pages(
 
     Runs at once on CPU tensors, all rows and heads in parallel. CUDA tensors must be host tensors
     (`torch.ops.retro.host_tensor`): a stream beside the current one has the worker pool run it, and
-    nothing waits for it. A CUDA graph can capture it, which joins that stream again.
+    nothing waits for it. A CUDA graph can capture it, if its last one takes that stream back in
+    (`join`).
     """
-    torch.ops.retro.update_pages(requests, cached, history, decisions, policy)
+    torch.ops.retro.update_pages(requests, cached, history, decisions, policy, join)
 
 
 def reference(
@@ -110,18 +117,21 @@ def reference(
             decisions[row, head, 2 : 2 + len(listed)] = torch.tensor(listed, dtype=torch.int32)
 
 
-def _fake(op: str) -> None:
-    @torch.library.register_fake(f"retro::{op}")
-    def _(
-        requests: Tensor, cached: Tensor, history: Tensor, decisions: Tensor, policy: str
-    ) -> None:
-        contract.check_update(
-            OP, requests, "requests", requests, cached, history, decisions, policy
-        )
+@torch.library.register_fake(f"retro::{OP}")
+def _(
+    requests: Tensor,
+    cached: Tensor,
+    history: Tensor,
+    decisions: Tensor,
+    policy: str,
+    join: bool = True,
+) -> None:
+    contract.check_update(OP, requests, "requests", requests, cached, history, decisions, policy)
 
 
-_fake(OP)
-_fake(f"post_{OP}")
+@torch.library.register_fake(f"retro::post_{OP}")
+def _(requests: Tensor, cached: Tensor, history: Tensor, decisions: Tensor, policy: str) -> None:
+    contract.check_update(OP, requests, "requests", requests, cached, history, decisions, policy)
 
 
 @torch.library.register_fake("retro::update_counts")
