@@ -348,7 +348,7 @@ def _add_bench(commands: Any) -> None:
         if name == "model":
             kind.add_argument("--shape", type=names(("llama-8b", "tiny")), default="llama-8b")
         else:
-            kind.add_argument("--keys", type=names(KINDS), default=",".join(KINDS))
+            kind.add_argument("--keys", type=names(KINDS), default="clustered,random")
         kind.add_argument("--rounds", type=number(1), default=3 if name == "build" else 30)
         kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
         kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
