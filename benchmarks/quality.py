@@ -269,7 +269,7 @@ def _rows(
     if not recording.source.startswith("made"):  # heads of made keys are alike
         heads += range(recording.queries.shape[1])
     for head in heads:
-        own = slice(None) if head == "all" else head
+        own = slice(None) if isinstance(head, str) else slice(head, head + 1)
         for estimator, what in measured.items():
             row: dict[str, object] = {
                 "source": recording.source,

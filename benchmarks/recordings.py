@@ -19,8 +19,8 @@ from retro_ops.models.prose import prose
 from retro_ops.models.recall import make_task
 
 TEXTS = ("prose", "reference")
-"""Made prose; the reference of the Python language, which comes with every Python. Any other name is
-a file."""
+"""Made prose; the reference of the Python language, which comes with every Python. Any other name
+is that of a file."""
 RECORD = "retro_record"
 EARLIER_QUERIES = 64
 """Queries of the end of the prompt, for what calibrates itself on them."""
@@ -70,7 +70,9 @@ def text_of(name: str, seed: int) -> Callable[[], str]:
     else:
         path = Path(name)
         if not path.is_file():
-            raise FileNotFoundError(f"no text {name!r}: it is neither {' nor '.join(TEXTS)}, nor a file")
+            raise FileNotFoundError(
+                f"no text {name!r}: it is neither {' nor '.join(TEXTS)}, nor a file"
+            )
         whole = path.read_text("utf-8")
         if not whole.strip():
             raise ValueError(f"the text {name!r} is empty")
@@ -143,10 +145,9 @@ def record(
         if key.layer in cache.retro_layers:
             scale = query.shape[3] ** -0.5 if scaling is None else scaling
             last = query[:, :, -queries - EARLIER_QUERIES :]
-            taken.append((int(module.layer_idx), last.clone(), key.keys, key.values, scale))
-        return retro_attention(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+            number: Any = module.layer_idx
+            taken.append((number, last.clone(), key.keys, key.values, scale))
+        return retro_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     AttentionInterface.register(RECORD, recording_attention)
     AttentionMaskInterface.register(RECORD, retro_mask)
@@ -178,4 +179,6 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
     """Raises ValueError if a model does not read so many tokens."""
     limit = model.config.get_text_config().max_position_embeddings
     if tokens > limit:
-        raise ValueError(f"the model reads {limit} tokens, got a text of {tokens}; shorten --context")
+        raise ValueError(
+            f"the model reads {limit} tokens, got a text of {tokens}; shorten --context"
+        )

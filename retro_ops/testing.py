@@ -119,9 +119,7 @@ def _drifting(keys: Tensor, values: Tensor, generator: torch.Generator) -> tuple
     return own + direction * angle.sin() + 0.4 * keys, 0.5 * own + values
 
 
-def _adversarial(
-    keys: Tensor, values: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _adversarial(keys: Tensor, values: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     groups, tokens = keys.shape[:2], keys.shape[2]
     count = max(tokens // 64, 1)
     topic = torch.randint(count, (*groups, tokens), generator=generator)
