@@ -353,6 +353,12 @@ def _add_bench(commands: Any) -> None:
             kind.add_argument("--shape", type=names(("llama-8b", "tiny")), default="llama-8b")
         else:
             kind.add_argument("--keys", type=names(KINDS), default="clustered,random")
+        if name == "decode":
+            kind.add_argument(
+                "--compare-estimators",
+                action="store_true",
+                help="a row of the other estimator too, on the same index",
+            )
         kind.add_argument("--rounds", type=number(1), default=3 if name == "build" else 30)
         kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
         kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
@@ -540,8 +546,13 @@ def _accuracy_config(options: argparse.Namespace) -> RetroConfig:
     return RetroConfig(**{name: vars(options)[name] for name in fields if name in vars(options)})
 
 
-def _listed(text: str) -> list[str]:
-    return [] if text == "none" else text.split(",")
+def _sources(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Kinds of made keys, and models to record."""
+    kinds = [kind for kind in options.keys if kind != "none"]
+    models = [] if options.model == "none" else options.model.split(",")
+    if not kinds and not models:
+        raise ValueError("nothing to measure: --keys and --model are both none")
+    return {"kinds": kinds, "models": models}
 
 
 def _bench_quality(options: argparse.Namespace) -> None:
@@ -550,8 +561,7 @@ def _bench_quality(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     with _progress() as progress:
         for case in quality.run(
-            kinds=[kind for kind in options.keys if kind != "none"],
-            models=_listed(options.model),
+            **_sources(options),
             text=options.text,
             contexts=options.context,
             queries=options.queries,
@@ -621,8 +631,7 @@ def _bench_estimators(options: argparse.Namespace) -> None:
             raise ValueError(f"--change must be names out of {', '.join(every)}, got {group!r}")
     with _progress() as progress:
         rows = estimators.run(
-            kinds=[kind for kind in options.keys if kind != "none"],
-            models=_listed(options.model),
+            **_sources(options),
             text=options.text,
             context=options.context,
             queries=options.queries,
@@ -642,6 +651,9 @@ def _bench(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     with _progress() as progress:
         axis = {"shapes": options.shape} if options.what == "model" else {"kinds": options.keys}
+        more = (
+            {"compare_estimators": options.compare_estimators} if options.what == "decode" else {}
+        )
         lists = (options.dtype, options.context, options.batch, *axis.values())
         total = math.prod(len(values) for values in lists)
         progress("checking", 0, total)
@@ -653,6 +665,7 @@ def _bench(options: argparse.Namespace) -> None:
             config=config,
             rounds=options.rounds,
             **axis,
+            **more,
         )
         for done, case in enumerate(cases, 1):
             rows += case
