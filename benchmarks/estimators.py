@@ -602,7 +602,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         ),
         "the same, bytes not counted": _with(log_mass=mass_by_element),
         "x exact / estimated mass of what is retrieved": _with(ratio=1.0),
-        "the same, square root": _with(ratio=0.5),
+        "the same, its square root": _with(ratio=0.5),
         "oracle: exact mass, default's ranking": _with(
             score=lambda index: by_mass(mass(index)), log_mass=Index.masses
         ),
@@ -655,6 +655,9 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         ),
         "distance, mass / size^0.5": _built(
             metric="euclidean", score=lambda index: by_size_power(index, 0.5)
+        ),
+        "distance, elements weighted by the last prompt queries, mass / size^0.5": _built(
+            metric="euclidean queries, elements", score=lambda index: by_size_power(index, 0.5)
         ),
         "distance, 20 tokens": _built(metric="euclidean", cluster_size=20, update_segment=1280),
         "distance, segments of 16,384, 5 passes": _built(

@@ -546,7 +546,7 @@ def _accuracy_config(options: argparse.Namespace) -> RetroConfig:
     return RetroConfig(**{name: vars(options)[name] for name in fields if name in vars(options)})
 
 
-def _sources(options: argparse.Namespace) -> dict[str, list[str]]:
+def _sources(options: argparse.Namespace) -> dict[str, Any]:
     """Kinds of made keys, and models to record."""
     kinds = [kind for kind in options.keys if kind != "none"]
     models = [] if options.model == "none" else options.model.split(",")
