@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from retro_ops import RetroConfig, RetroLayer
 from retro_ops.benchmarks import machine
 from retro_ops.benchmarks.timing import Timing, time_in_turn
+from retro_ops.ops.wave_estimate import ESTIMATORS
 from retro_ops.testing import (
     assert_within_budget,
     dense_attention,
@@ -33,7 +35,8 @@ QUERIES = 16
 
 COLUMNS = (
     *("dtype", "keys", "context", "batch", "attention", "us", "us_20", "us_80", "bytes"),
-    *("gb_per_s", "copy_percent", "ratio", "error", "note"),
+    *("gb_per_s", "copy_percent", "ratio", "error", "estimator_time"),
+    *("estimator_bytes", "note"),
 )
 """What a table shows of a row; the machine is in its title."""
 
@@ -157,8 +160,15 @@ def run(
     kinds: Sequence[str],
     config: RetroConfig,
     rounds: int,
+    compare_estimators: bool = False,
 ) -> Iterator[list[dict[str, object]]]:
     """Rows of figures, for one combination after another.
+
+    Args:
+        compare_estimators: a further row of retro with the other estimator, on the same index, in
+            turn with the others. `estimator_time` of its row is the median time with "variance"
+            over that with "mean", `estimator_bytes` what "variance" adds to the index of "mean", as
+            a fraction.
 
     Raises:
         AssertionError: retro or dense attention is wrong; nothing is timed then.
@@ -169,7 +179,7 @@ def run(
     copy = machine.copy_gb_per_s(device)
     for case in cases(dtypes, kinds, contexts, batch_sizes):
         try:
-            figures = _measure(device, *case, config, rounds, copy)
+            figures = _measure(device, *case, config, rounds, copy, compare_estimators)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if "memory" not in str(error):
                 raise
@@ -186,6 +196,7 @@ def _measure(
     config: RetroConfig,
     rounds: int,
     copy_gb_per_s: float,
+    compare_estimators: bool,
 ) -> list[dict[str, object]]:
     keys, values = make_rows(rows, tokens, kind, dtype, device)
     layer = make_layer(config, keys)
@@ -194,18 +205,23 @@ def _measure(
     queries = [make_query(keys, QUERY_HEADS, seed=seed) for seed in range(QUERIES)]
     error = _error(layer.decode(queries[0], *last), queries[0], keys, values)
 
-    turn = {"step": 0}
-
-    def retro() -> Tensor:
-        turn["step"] += 1
-        return layer.decode(queries[turn["step"] % QUERIES], *last)
+    def steps_of(layer: RetroLayer) -> Callable[[], object]:
+        turns = itertools.count(1)
+        return lambda: layer.decode(queries[next(turns) % QUERIES], *last)
 
     dense = dense_calls(device, dtype)
     calls: dict[str, Callable[[], object]] = {
         f"dense {name}": functools.partial(call, queries[0], keys, values)
         for name, call in dense.items()
     }
-    timings = time_in_turn(device, {**calls, "retro": retro}, rounds=rounds)
+    retro_calls, others = {"retro": steps_of(layer)}, {}
+    if compare_estimators:
+        estimator = next(name for name in ESTIMATORS if name != config.estimator)
+        name = f"retro, {estimator}"
+        others[name] = make_layer(replace(config, estimator=estimator), keys)
+        others[name].load_used_state(layer.used_state())
+        retro_calls[name] = steps_of(others[name])
+    timings = time_in_turn(device, {**calls, **retro_calls}, rounds=rounds)
 
     def fastest(names: Iterable[str]) -> str:
         return min(names, key=lambda name: timings[name].median_us)
@@ -235,7 +251,22 @@ def _measure(
         out = dense[name.removeprefix("dense ")](queries[0], keys, values)
         dense_error = _error(out, queries[0], keys, values)
         figures.append(figure(name, timings[name], dense_bytes, dense_error))
-    return [*figures, figure("retro", timings["retro"], retro_bytes, error)]
+    figures.append(figure("retro", timings["retro"], retro_bytes, error))
+    for name, other in others.items():
+        out = other.decode(queries[0], *last)
+        bytes_ = rows * other.stats()["bytes_read_per_token"]
+        row = figure(name, timings[name], bytes_, _error(out, queries[0], keys, values))
+        ratio = timings["retro"].median_us / timings[name].median_us
+        row["estimator_time"] = ratio if config.estimator == "variance" else 1 / ratio
+        row["estimator_bytes"] = _share_of_variance(layer)
+        figures.append(row)
+    return figures
+
+
+def _share_of_variance(layer: RetroLayer) -> float:
+    """What the estimator "variance" adds to the index of "mean", as a fraction of bytes."""
+    own = layer.variances.nbytes + layer.totals.nbytes
+    return own / (layer.centroids.nbytes + layer.offsets.nbytes)
 
 
 def _error(out: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> float:

@@ -377,7 +377,10 @@ def test_calls_take_turns() -> None:
         (["bench"], "required: WHAT"),
         (["bench", "decode", "--context", "1,x"], "whole number from 1 on, got 'x'"),
         (["bench", "decode", "--dtype", "int8"], "names out of float32,bfloat16,float16"),
-        (["bench", "build", "--keys", "real"], "names out of clustered,random, got 'real'"),
+        (
+            ["bench", "build", "--keys", "real"],
+            "names out of clustered,random,heavy-tailed,drifting,adversarial, got 'real'",
+        ),
         (["bench", "buffer", "--trace", "llama"], "names out of synthetic,layer,recall"),
         (["bench", "buffer", "--policy", "mru"], "names out of lru,lru2,lfu, got 'mru'"),
         (["bench", "buffer", "--cache-ratio", "0.1,2"], "must be numbers in 0..1, got '2'"),

@@ -20,13 +20,17 @@ import torch
 
 from retro_ops.config import RetroConfig
 from retro_ops.ops.update_pages import POLICIES
+from retro_ops.ops.wave_estimate import ESTIMATORS
 from retro_ops.testing import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 # Headings of columns of words.
-LEFT = ("task", "group", "metric", "attention", "dtype", "keys", "shape", "trace", "policy", "part")
+LEFT = (
+    *("task", "group", "metric", "attention", "dtype", "keys", "shape", "trace", "policy", "part"),
+    *("source", "estimator", "model", "text", "changed", "variant"),
+)
 ATTENTIONS = ("dense", "retro")
 # Of models whose shape is known; the names of `retro_ops.models.shapes`.
 SHAPES = ("llama-3-8b", "llama-3.1-8b", "qwen2.5-7b", "qwen2.5-72b", "tiny")
@@ -365,7 +369,13 @@ def _add_bench(commands: Any) -> None:
         if name == "model":
             kind.add_argument("--shape", type=names(SHAPES), default=SHAPES[0])
         else:
-            kind.add_argument("--keys", type=names(KINDS), default=",".join(KINDS))
+            kind.add_argument("--keys", type=names(KINDS), default="clustered,random")
+        if name == "decode":
+            kind.add_argument(
+                "--compare-estimators",
+                action="store_true",
+                help="a row of the other estimator too, on the same index",
+            )
         kind.add_argument("--rounds", type=number(1), default=3 if name == "build" else 30)
         kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
         kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
@@ -376,6 +386,7 @@ def _add_bench(commands: Any) -> None:
     _add_bench_prefill(kinds)
     _add_bench_spread(kinds)
     _add_bench_memory(kinds)
+    _add_bench_accuracy(kinds)
 
 
 def _add_bench_buffer(kinds: Any) -> None:
@@ -689,6 +700,178 @@ def _bench_memory(options: argparse.Namespace) -> None:
     _report(options, rows, memory.COLUMNS)
 
 
+def _add_bench_accuracy(kinds: Any) -> None:
+    """The commands that measure how close retro attention comes to dense attention."""
+    quality = _command(
+        kinds,
+        "quality",
+        _bench_quality,
+        "Errors of the attention output, made keys and recorded ones, per layer and head.",
+    )
+    recall = _command(
+        kinds, "recall", _bench_recall, "Accuracy of a recall model over tokens, density, budget."
+    )
+    fidelity = _command(
+        kinds,
+        "fidelity",
+        _bench_fidelity,
+        "KL divergence, top-1 agreement and perplexity over a long text, dense against retro.",
+    )
+    estimators = _command(
+        kinds, "estimators", _bench_estimators, "What other estimators would do, at equal bytes."
+    )
+    text = "prose (made), reference (of the Python language), or a file; recall models have theirs"
+    for kind in (quality, estimators):
+        kind.add_argument("--keys", type=names((*KINDS, "none")), default=",".join(KINDS))
+        kind.add_argument(
+            "--model",
+            default="recall",
+            help="to record, names with commas: as in demo; none: made keys only",
+        )
+        kind.add_argument("--text", default="prose", help=text)
+        kind.add_argument("--queries", type=number(2), default=64, help="of each layer")
+    quality.add_argument("--context", type=numbers, default="16384", help="tokens")
+    estimators.add_argument("--context", type=number(2048), default=16384, help="tokens")
+    estimators.add_argument("--change", help="names with commas: ranking, mass, ... (all)")
+    for kind in (recall, fidelity):
+        kind.add_argument("--batch", type=number(1), default=1, help="rows, each another text")
+        kind.add_argument(
+            "--dtype", choices=DTYPES, help="of the model (float32 on a CPU, else bfloat16)"
+        )
+        kind.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
+    recall.add_argument("--model", choices=("recall", "recall-128k"), default="recall-128k")
+    recall.add_argument("--context", type=numbers, default="4096,8192,16384", help="tokens")
+    recall.add_argument(
+        "--density", type=fractions, default="0.1,0.5", help="records; 1 is one in 8 tokens"
+    )
+    recall.add_argument(
+        "--retrieval-budgets", type=fractions, default=str(RetroConfig().retrieval_budget)
+    )
+    recall.add_argument("--attention", type=names(ATTENTIONS), default="dense,retro")
+    recall.add_argument("--questions", type=number(1), default=64, help="for each row")
+    recall.add_argument("--seed", type=int, default=0)
+    recall.add_argument("--plot", type=new_file, metavar="FILE.png", help="draw the curves")
+    fidelity.add_argument("--model", default="gemma", help="as in demo")
+    fidelity.add_argument("--text", default="prose", help=text)
+    fidelity.add_argument("--context", type=numbers, default="4096", help="tokens")
+    fidelity.add_argument("--positions", type=number(1), default=128, help="for each row")
+    default = RetroConfig()
+    for kind in (quality, recall, fidelity, estimators):
+        if kind is not estimators:
+            kind.add_argument("--estimator", type=names(ESTIMATORS), default=",".join(ESTIMATORS))
+        if kind is not recall:
+            kind.add_argument("--retrieval-budget", type=float, default=default.retrieval_budget)
+        kind.add_argument("--estimation-budget", type=float, default=default.estimation_budget)
+        kind.add_argument(
+            "--min-retrieved-clusters", type=int, default=default.min_retrieved_clusters
+        )
+        kind.add_argument("--segment-size", type=int, default=default.segment_size)
+        kind.add_argument("--kmeans-iterations", type=int, default=default.kmeans_iterations)
+        kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
+        kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
+
+
+def _accuracy_config(options: argparse.Namespace) -> RetroConfig:
+    fields = {field.name for field in dataclasses.fields(RetroConfig)} - {"estimator"}
+    return RetroConfig(**{name: vars(options)[name] for name in fields if name in vars(options)})
+
+
+def _sources(options: argparse.Namespace) -> dict[str, Any]:
+    """Kinds of made keys, and models to record."""
+    kinds = [kind for kind in options.keys if kind != "none"]
+    models = [] if options.model == "none" else options.model.split(",")
+    if not kinds and not models:
+        raise ValueError("nothing to measure: --keys and --model are both none")
+    return {"kinds": kinds, "models": models}
+
+
+def _bench_quality(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import quality
+
+    rows: list[dict[str, Any]] = []
+    with _progress() as progress:
+        for case in quality.run(
+            **_sources(options),
+            text=options.text,
+            contexts=options.context,
+            queries=options.queries,
+            estimators=options.estimator,
+            config=_accuracy_config(options),
+            progress=progress,
+        ):
+            rows += case
+    _report(options, rows, quality.COLUMNS)
+
+
+def _bench_recall(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import recall_curves
+
+    place = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[dict[str, Any]] = []
+    with _progress() as progress:
+        for case in recall_curves.run(
+            model_name=options.model,
+            contexts=options.context,
+            densities=options.density,
+            budgets=options.retrieval_budgets,
+            estimators=options.estimator,
+            attentions=options.attention,
+            questions=options.questions,
+            batch_size=options.batch,
+            config=_accuracy_config(options),
+            dtype=DTYPES[options.dtype or ("float32" if place == "cpu" else "bfloat16")],
+            device=torch.device(place),
+            seed=options.seed,
+            plot=options.plot,
+            progress=progress,
+        ):
+            rows += case
+    _report(options, rows, recall_curves.COLUMNS)
+
+
+def _bench_fidelity(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import fidelity
+
+    place = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[dict[str, Any]] = []
+    with _progress() as progress:
+        for case in fidelity.run(
+            model_name=options.model,
+            text=options.text,
+            contexts=options.context,
+            positions=options.positions,
+            batch_size=options.batch,
+            estimators=options.estimator,
+            config=_accuracy_config(options),
+            dtype=DTYPES[options.dtype or ("float32" if place == "cpu" else "bfloat16")],
+            device=torch.device(place),
+            progress=progress,
+        ):
+            rows += case
+    _report(options, rows, fidelity.COLUMNS)
+
+
+def _bench_estimators(options: argparse.Namespace) -> None:
+    from retro_ops.benchmarks import estimators
+
+    every = [group for group in estimators.VARIANTS if group]
+    chosen = every if options.change is None else options.change.split(",")
+    for group in chosen:
+        if group not in every:
+            raise ValueError(f"--change must be names out of {', '.join(every)}, got {group!r}")
+    with _progress() as progress:
+        rows = estimators.run(
+            **_sources(options),
+            text=options.text,
+            context=options.context,
+            queries=options.queries,
+            config=_accuracy_config(options),
+            groups=chosen,
+            progress=progress,
+        )
+    _report(options, rows, tuple(estimators.columns(rows)))
+
+
 def _bench(options: argparse.Namespace) -> None:
     import importlib
 
@@ -698,6 +881,9 @@ def _bench(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     with _progress() as progress:
         axis = {"shapes": options.shape} if options.what == "model" else {"kinds": options.keys}
+        more = (
+            {"compare_estimators": options.compare_estimators} if options.what == "decode" else {}
+        )
         lists = (options.dtype, options.context, options.batch, *axis.values())
         total = math.prod(len(values) for values in lists)
         progress("checking", 0, total)
@@ -709,6 +895,7 @@ def _bench(options: argparse.Namespace) -> None:
             config=config,
             rounds=options.rounds,
             **axis,
+            **more,
         )
         for done, case in enumerate(cases, 1):
             rows += case

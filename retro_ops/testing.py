@@ -21,7 +21,7 @@ from retro_ops.ops._contract import (
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-KINDS = ("clustered", "random")
+KINDS = ("clustered", "random", "heavy-tailed", "drifting", "adversarial")
 HEAD_DIMS = (16, 64, 80, 96, 128, 256)
 LAYOUTS = ("contiguous", "permuted", "padded", "transposed")
 MAGNITUDES = {"normal": 1.0, "large": 1e3, "tiny": 1e-6, "zero": 0.0}
@@ -45,8 +45,13 @@ def make_kv(
 
     Args:
         batch_size, num_kv_heads, tokens, head_dim: B, Hkv, T, D.
-        kind: "random": independent normal keys, which no index can group; "clustered": keys near
-            one of about T / 64 topics that drift along the context, as in real text.
+        kind: "clustered": keys near one of about T / 64 topics that drift along the context, as in
+            real text; "random": independent normal keys, which no index can group; "heavy-tailed":
+            topics as common as words are, keys with outliers in every sense: of length, in single
+            elements, and in a few elements that are large in all keys; "drifting": few topics, each
+            of which moves through space, and all of them in one direction, so that late keys are
+            unlike early ones; "adversarial": behind every topic's mean hides one token in 16 with a
+            key three times as long and a value of the opposite sign.
         dtype, device: of the results.
         seed: the same numbers for the same seed, on every device.
 
@@ -69,7 +74,59 @@ def make_kv(
         index = topic[..., None].expand(shape)
         keys = topics.gather(2, index) + 0.4 * keys
         values = 0.5 * topics.gather(2, index) + values
+    elif kind != "random" and tokens > 0:
+        make = {"heavy-tailed": _heavy_tailed, "drifting": _drifting, "adversarial": _adversarial}
+        keys, values = make[kind](keys, values, generator)
     return keys.to(device, dtype), values.to(device, dtype)
+
+
+def _own_topics(keys: Tensor, topic: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """The topic of each token, `[B, Hkv, T, D]`, of `count` random ones."""
+    topics = torch.randn(*keys.shape[:2], count, keys.shape[3], generator=generator)
+    return topics.gather(2, topic[..., None].expand(keys.shape))
+
+
+def _heavy_tailed(
+    keys: Tensor, values: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    groups, tokens, head_dim = keys.shape[:2], keys.shape[2], keys.shape[3]
+    count = max(tokens // 16, 1)
+    # Zipf's law: topic r is as common as 1 / (r + 1).
+    common = 1 / torch.arange(1.0, count + 1)
+    topic = torch.multinomial(
+        common, groups.numel() * tokens, replacement=True, generator=generator
+    ).view(*groups, tokens)
+    own = _own_topics(keys, topic, count, generator)
+    # Student's t with 3 degrees of freedom, of variance 1.
+    degrees = torch.randn(3, *keys.shape, generator=generator).square().mean(dim=0)
+    noise = keys / degrees.sqrt() / 3**0.5
+    length = (0.5 * torch.randn(*groups, tokens, 1, generator=generator)).exp()
+    large = torch.ones(*groups, 1, head_dim)
+    large[..., : max(head_dim // 32, 1)] = 4.0
+    return (own + 0.4 * noise) * length * large, 0.5 * own + values
+
+
+def _drifting(keys: Tensor, values: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    groups, tokens, head_dim = keys.shape[:2], keys.shape[2], keys.shape[3]
+    count = max(tokens // 512, 1)
+    topic = torch.randint(count, (*groups, tokens), generator=generator)
+    begin = _own_topics(keys, topic, count, generator)
+    end = _own_topics(keys, topic, count, generator)
+    # From one random topic to another on an arc, so that no place of the context has longer keys.
+    angle = torch.linspace(0, torch.pi / 2, tokens)[:, None]
+    own = begin * angle.cos() + end * angle.sin()
+    direction = torch.randn(*groups, 1, head_dim, generator=generator)
+    return own + direction * angle.sin() + 0.4 * keys, 0.5 * own + values
+
+
+def _adversarial(keys: Tensor, values: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    groups, tokens = keys.shape[:2], keys.shape[2]
+    count = max(tokens // 64, 1)
+    topic = torch.randint(count, (*groups, tokens), generator=generator)
+    own = _own_topics(keys, topic, count, generator)
+    hidden = torch.rand(*groups, tokens, 1, generator=generator) < 1 / 16
+    keys = (own + 0.4 * keys) * torch.where(hidden, 1.5, 0.5)
+    return keys, own * torch.where(hidden, -1.0, 1.0) + values
 
 
 def make_query(keys: Tensor, num_query_heads: int, *, seed: int = 1) -> Tensor:
