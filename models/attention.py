@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import (
     causal_mask_function,
     sdpa_mask,
@@ -253,11 +253,18 @@ def _attend_to_prompt(
         if window is not None:
             return _attend_in_windows(module, query, keys, values, padding, scaling, window)
         if padding is None:
-            return sdpa_attention_forward(module, query, keys, values, None, scaling=scaling)[0]
-        # For one graph of all lengths.
-        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-        mask = mask & padding[:, None, None, :]
-        return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)[0]
+            return _attend(module, query, keys, values, None, scaling)
+        # Each row is turned so that its padding is behind its tokens, which do not see it then: no
+        # mask of T x T, the kernel for causal attention, and one graph of all lengths.
+        place = torch.arange(tokens, device=query.device)
+        starts = padding.int().argmax(dim=1)[:, None]
+        turned, back = (place + starts) % tokens, (place - starts) % tokens  # [B, T]
+        query, keys, values = (
+            each.gather(2, turned[:, None, :, None].expand_as(each))
+            for each in (query, keys, values)
+        )
+        out = _attend(module, query, keys, values, None, scaling)
+        return out.gather(1, back[:, :, None, None].expand_as(out))
     band = None
     if window is not None and tokens > window:
         # Query i of a piece and key j, with one window before the piece: i < j <= i + window.
@@ -307,14 +314,15 @@ def _attend_in_windows(
     real = torch.ones(rows, tokens, dtype=torch.bool, device=query.device)
     real = real if padding is None else real & padding
     mask = with_past(real[:, None, :, None]).transpose(2, 3)  # [B * pieces, 1, 1, 2 W]
-    mask = mask & (i < j) & (j <= i + window)
-    out, _ = sdpa_attention_forward(
+    # Padding sees itself: what it becomes is not looked at, but has to be finite.
+    mask = (mask | (j == i + window)) & (i < j) & (j <= i + window)
+    out = _attend(
         module,
         piece(nn.functional.pad(query, (0, 0, 0, behind))),
         with_past(keys),
         with_past(values),
         mask,
-        scaling=scaling,
+        scaling,
     )
     return out.unflatten(0, (rows, pieces)).flatten(1, 2)[:, :tokens]
 
@@ -340,13 +348,29 @@ def _attend_in_pieces(
         # The first piece has nothing before it: plain causal attention.
         mask = None if first == 0 or band is None else band[: tokens - first, : tokens - seen.start]
         outs.append(
-            sdpa_attention_forward(
-                module,
-                query[:, :, here],
-                keys[:, :, seen],
-                values[:, :, seen],
-                mask,
-                scaling=scaling,
-            )[0]
+            _attend(module, query[:, :, here], keys[:, :, seen], values[:, :, seen], mask, scaling)
         )
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+) -> Tensor:
+    """Exact attention, `[B, T, Hq, D]`: causal, or as the mask says."""
+    groups = query.shape[1] // keys.shape[1]
+    if mask is None and query.is_cuda and query.dtype == torch.float32 and groups > 1:
+        # No kernel for float32 takes grouped heads: torch would make a matrix of T x T per head.
+        out = nn.functional.scaled_dot_product_attention(
+            query,
+            repeat_kv(keys, groups),
+            repeat_kv(values, groups),
+            is_causal=True,  # one query has one key here
+            scale=scaling,
+        )
+        return out.transpose(1, 2).contiguous()
+    return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)[0]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # Headings of columns of words.
-LEFT = ("attention", "dtype", "keys", "shape", "trace", "policy")
+LEFT = ("attention", "dtype", "keys", "shape", "trace", "policy", "model", "note", "wrong")
 ATTENTIONS = ("dense", "retro")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -355,6 +355,7 @@ def _add_bench(commands: Any) -> None:
         _add_budgets(kind)
     _add_bench_buffer(kinds)
     _add_bench_long(kinds)
+    _add_bench_export(kinds)
 
 
 def _add_bench_buffer(kinds: Any) -> None:
@@ -457,6 +458,75 @@ def _bench_long(options: argparse.Namespace) -> None:
             done = len(rows) * options.window
             progress(f"{done:,} of {options.tokens:,} tokens", done, options.tokens)
     _report(options, rows, long.COLUMNS)
+
+
+def _add_bench_export(kinds: Any) -> None:
+    kind = _command(
+        kinds,
+        "export",
+        _bench_export,
+        "Export a model, run it without Python, and compare with the model compiled in Python.",
+    )
+    kind.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
+    kind.add_argument(
+        "--model",
+        type=names(("llama-8b", "tiny", "recall", "recall-128k")),
+        default="recall",
+        help="shapes with random weights, or models of the package",
+    )
+    kind.add_argument("--context", type=numbers, default="4096", help="tokens of the prompt")
+    kind.add_argument("--batch", type=numbers, default="1", help="rows")
+    kind.add_argument("--dtype", type=names(tuple(DTYPES)), default="float32")
+    kind.add_argument("--tokens", type=number(2), default=64, help="generated")
+    kind.add_argument("--layers", type=number(1), help="of random weights (as many as the shape)")
+    kind.add_argument(
+        "--runner", type=Path, metavar="FILE", help="retro_runner (built from the checkout)"
+    )
+    kind.add_argument("--folder", type=Path, metavar="DIR", help="keep the packages there")
+    kind.add_argument("--timeout", type=number(1), default=300, help="seconds, of the runner")
+    kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
+    kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
+    _add_budgets(kind)
+
+
+def _bench_export(options: argparse.Namespace) -> None:
+    import time
+
+    from retro_ops.benchmarks import export
+
+    if options.folder is not None and not options.folder.is_dir():
+        raise ValueError(f"--folder must be a folder that is there, got '{options.folder}'")
+    if options.runner is not None and not options.runner.is_file():
+        raise ValueError(f"--runner must be the program retro_runner, got '{options.runner}'")
+    rows: list[dict[str, Any]] = []
+    lists = (options.model, options.dtype, options.context, options.batch)
+    total = math.prod(len(values) for values in lists)
+    begin = time.perf_counter()
+    with _progress() as progress:
+
+        def report(what: str) -> None:
+            progress(what, 0, total)
+            if not sys.stderr.isatty():  # minutes in which nothing else is heard
+                print(f"{time.perf_counter() - begin:.0f} s: {what}", file=sys.stderr)
+
+        for case in export.run(
+            device=torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+            models=options.model,
+            dtypes=[DTYPES[name] for name in options.dtype],
+            contexts=options.context,
+            batch_sizes=options.batch,
+            tokens=options.tokens,
+            layers=options.layers,
+            config=_budgets(options),
+            runner=options.runner,
+            folder=options.folder,
+            timeout=options.timeout,
+            progress=report,
+        ):
+            rows += case
+    _report(options, rows, export.COLUMNS)
+    if any(row["wrong"] for row in rows):
+        raise SystemExit(f"{options.prog}: the figures above are wrong where a row says so")
 
 
 def _bench(options: argparse.Namespace) -> None:
