@@ -581,35 +581,45 @@ def _shown(value: Any) -> str:
 
 
 def _add_info(commands: Any) -> None:
-    parser = _command(commands, "info", _info, "Say what is installed and what it runs on.")
+    parser = _command(
+        commands, "info", _info, "Say what is installed, what it runs on, and whether it works."
+    )
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="try every op on every device, for some seconds",
+    )
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
 
 
 def _info(options: argparse.Namespace) -> None:
-    import platform
-    from importlib import metadata
+    from retro_ops import doctor
 
-    import retro_ops
-
-    def version_of(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "not installed"
-
-    facts = {
-        "retro_ops": retro_ops.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version_of("transformers"),
-        "triton": version_of("triton"),
-        "CPU kernels": torch.ops.retro.cpu_kernels(""),
-        "CPU threads": str(torch.get_num_threads()),
-        "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }
+    facts, hints = doctor.facts(), doctor.hints()
+    width = max(map(len, facts))
     for key, value in facts.items():
-        print(f"{key:14} {value}")
-    _write_json(options.json, facts)
+        print(f"{key:{width}} {value}")
+    for hint in hints:
+        print(f"hint: {hint}")
+    checks = []
+    if options.check:
+        checks = list(doctor.self_test())
+        devices = dict.fromkeys(check.device for check in checks)
+        for place in devices:
+            here = [check for check in checks if check.device == place]
+            right = sum(not check.problem for check in here)
+            print(f"{'self-test':{width}} {right} of {len(here)} ops are right on {place}")
+    wrong = [check for check in checks if check.problem]
+    for check in wrong:
+        print(f"wrong: {check.op} on {check.device}: {check.problem}")
+    figures = {**facts, "hints": hints, "checks": [dataclasses.asdict(check) for check in checks]}
+    _write_json(options.json, figures)
+    if wrong:
+        raise SystemExit(
+            f"{options.prog}: {len(wrong)} of {len(checks)} self-tests failed; report the lines "
+            "above, with those that say what is installed"
+        )
 
 
 def _write_json(path: Path | None, figures: Any) -> None:
