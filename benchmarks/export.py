@@ -39,8 +39,9 @@ COLUMNS = (
 MODELS = (*SHAPES, *RECALL)
 RATIO = 1.05
 """What a step of the runner may cost, compared with one that is compiled in Python."""
-FLOAT32_ERROR = 1e-4
-"""Relative error of float32 logits that rounding explains: no exact ones to compare with."""
+UNEXPLAINED = 1e-3
+"""Relative difference of float32 logits that rounding does not explain, even where it moves a token
+to another cluster; there are no exact ones to compare with."""
 WARM_UP = 3
 """Compiled steps that are not timed: the first compiles, two more record a CUDA graph."""
 
@@ -227,6 +228,7 @@ def run(
     config: RetroConfig,
     runner: Path | None,
     folder: Path | None,
+    exact: bool,
     timeout: float,
     progress: Callable[[str], None],
 ) -> Iterator[list[dict[str, object]]]:
@@ -245,6 +247,8 @@ def run(
         config: budgets and sizes.
         runner: the program; None: build it.
         folder: keeps the packages; None: they go.
+        exact: compare with float32 too, where `dtype` is another: without it there is no error
+            budget.
         timeout: seconds that the runner may take.
         progress: told what is being done.
     """
@@ -259,6 +263,7 @@ def run(
                         row = _case(
                             *(name, dtype, context, rows, tokens, layers, device, config, program),
                             folder=Path(temporary) if folder is None else folder,
+                            exact=exact,
                             timeout=timeout,
                             progress=progress,
                         )
@@ -279,9 +284,11 @@ def _case(
     program: Path,
     *,
     folder: Path,
+    exact: bool,
     timeout: float,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
+    notes: list[str] = []
     progress(f"making {name}")
     model = make_model(name, dtype, device, layers)
     ids = make_prompt(model, name, rows, context)
@@ -304,6 +311,10 @@ def _case(
     _free(device)
     progress("running the package without Python")
     ran = run_runner(program, package, ids, tokens, timeout=timeout)
+    progress(
+        f"the runner took {ran.load_ms / 1e3:.1f} s to load, {ran.prompt_ms / 1e3:.2f} s for the "
+        f"prompt, {ran.step_ms:.3f} ms per token, {'with a' if ran.graph else 'without'} CUDA graph"
+    )
 
     progress("running the package in Python")
     of_package, first, prompt_state = _in_python(package, ids, ran.tokens)
@@ -312,27 +323,34 @@ def _case(
     of_compiled, written, milliseconds = _compiled(
         model, _new_cache(model, config, capacity, rows), first, prompt_state, ran.tokens
     )
-    del prompt_state
     torch.compiler.reset()
     _free(device)
-    progress("running eager Python")
-    of_eager = _eager(model, _new_cache(model, config, capacity, rows), ids, ran.tokens)
-    exact = None
-    if dtype != torch.float32:
+    progress(f"a compiled step took {milliseconds:.3f} ms; running eager Python")
+    cache = _new_cache(model, config, capacity, rows)
+    # In float32 it goes on from the same clusters: there is no budget for others.
+    same = prompt_state if dtype == torch.float32 else None
+    of_eager = _eager(model, cache, ids, ran.tokens, same)
+    del cache, prompt_state, same
+    of_float32 = None
+    if exact and dtype != torch.float32:
         progress("running in float32")
         _free(device)
-        model.float()
-        exact = _eager(model, _new_cache(model, config, capacity, rows), ids, ran.tokens)
+        try:
+            model.float()
+            cache = _new_cache(model, config, capacity, rows)
+            of_float32 = _eager(model, cache, ids, ran.tokens, None)
+        except torch.OutOfMemoryError:
+            notes.append("float32 does not fit in memory")
 
-    wrong, notes = [], []
+    wrong = []
     package_gap = worst_gap(of_package, ran.tokens)
     if not package_gap <= 6 * torch.finfo(dtype).eps:
         wrong.append(f"the runner wrote a token {package_gap:.2g} from the package's own in Python")
-    if exact is None:
+    if of_float32 is None:
         error, eager_error = relative(of_package, of_eager), None
-        allowed = FLOAT32_ERROR
+        allowed = UNEXPLAINED if dtype == torch.float32 else float("inf")
     else:
-        error, eager_error = relative(of_package, exact), relative(of_eager, exact)
+        error, eager_error = relative(of_package, of_float32), relative(of_eager, of_float32)
         allowed = 2 * (eager_error + torch.finfo(dtype).eps)
     if not error <= allowed:
         wrong.append(f"logits differ by {error:.2g}, {allowed:.2g} is allowed")
@@ -357,7 +375,7 @@ def _case(
         "ms": ran.step_ms,
         "compiled_ms": milliseconds,
         "ratio": ratio,
-        # Of `tokens * batch`: with the same tokens before, and each after its own.
+        # Out of `tokens * batch`: behind the runner's tokens, and behind those of its own.
         "equal_tokens": int((best == ran.tokens).sum()),
         "compiled_tokens": int((written == ran.tokens).sum()),
         "worst_gap": gap,
@@ -418,11 +436,23 @@ def _compiled(
 
 
 @torch.inference_mode()
-def _eager(model: PreTrainedModel, cache: RetroCache, ids: Tensor, tokens: Tensor) -> Tensor:
-    """Logits of forced tokens by the model as it is, the prompt included."""
+def _eager(
+    model: PreTrainedModel,
+    cache: RetroCache,
+    ids: Tensor,
+    tokens: Tensor,
+    state: dict[str, Tensor] | None,
+) -> Tensor:
+    """Logits of forced tokens by the model as it is, the prompt included.
+
+    Args:
+        state: after the prompt, to go on from; None: the model's own.
+    """
     out = model(
         input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
     )
+    if state is not None:
+        _restore(cache, state)
     return forced(Steps(model, cache, compiled=False), out.logits[:, -1], tokens)
 
 

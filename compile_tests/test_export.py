@@ -34,8 +34,9 @@ from transformers import (
 import retro_ops
 from retro_ops import RetroConfig, RetroLayer
 from retro_ops._library import find_library
+from retro_ops.benchmarks import export as bench_export
 from retro_ops.cli import main
-from retro_ops.models import RetroCache, export_model, load_exported
+from retro_ops.models import RetroCache, export_model, load_exported, load_model
 from retro_ops.models.export import Program, state_of
 from retro_ops.ops._contract import Counter
 from retro_ops.testing import assert_same, example_arguments
@@ -762,3 +763,108 @@ def test_export_needs_a_compiler(tmp_path: Path) -> None:
         pytest.raises(OSError, match=r"no C\+\+ compiler found.*install g\+\+"),
     ):
         export_model(model, tmp_path / "x.pt2", context=99)
+
+
+# Measuring
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["right", "other weights"])
+def test_bench_compares(
+    other: bool,
+    llama: tuple[PreTrainedModel, Path],
+    runner: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The package of a model, and of one that is not the model in Python."""
+    model, package = llama
+    if other:
+        model = make_model(LlamaConfig(**BASE))
+        with torch.no_grad():
+            model.lm_head.weight[:60].mul_(1.1)
+
+    def export(model: PreTrainedModel, path: Path, *, context: int, **options: Any) -> None:
+        assert (context, options["batch_size"]) == (2400, 2)
+        shutil.copy(package, path)
+
+    compiled = torch.compile
+    monkeypatch.setattr(bench_export, "make_model", lambda *args: model)
+    monkeypatch.setattr(bench_export, "export_model", export)
+    monkeypatch.setattr(
+        torch, "compile", lambda call, mode, **options: compiled(call, backend="eager", **options)
+    )
+    file = tmp_path / "rows.json"
+    command = ["bench", "export", "--device", "cpu", "--model", "tiny", "--context", "2380"]
+    command += ["--tokens", "20", "--batch", "2", "--runner", str(runner), "--json", str(file)]
+    command += ["--folder", str(tmp_path)]
+    if other:
+        with pytest.raises(SystemExit, match="wrong where a row says so"):
+            main(command)
+    else:
+        assert main(command) == 0
+    (row,) = json.loads(file.read_text())
+    assert row["ms"] > 0
+    assert row["compiled_ms"] > 0
+    assert row["graph"] == "no"
+    if other:
+        assert "logits differ by" in row["wrong"]
+        assert "from the package's own" not in row["wrong"]
+    else:
+        assert row["wrong"] == ""
+        assert row["equal_tokens"] == row["compiled_tokens"] == 2 * 20
+        assert row["error"] < 1e-5
+    assert "running the package without Python" in capsys.readouterr().err
+
+
+def test_bench_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = tmp_path / "runner"
+    program.write_text("#!/bin/sh\necho 'no such op' >&2\nexit 2\n")
+    program.chmod(0o755)
+    ids = make_prompt(1, 3)
+    with pytest.raises(RuntimeError, match=r"the runner ended with status 2: no such op"):
+        bench_export.run_runner(program, tmp_path / "x.pt2", ids, 2, timeout=60)
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    with pytest.raises(RuntimeError, match=r"the runner did not end within 0 s"):
+        bench_export.run_runner(program, tmp_path / "x.pt2", ids, 2, timeout=0.2)
+    assert main(["bench", "export", "--folder", "/no/such/folder"]) == 2
+    assert "--folder must be a folder that is there" in capsys.readouterr().err
+    assert main(["bench", "export", "--runner", "/no/such/program"]) == 2
+    assert "--runner must be the program retro_runner" in capsys.readouterr().err
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gpu_runner_replays_one_graph(dtype: str, tmp_path: Path) -> None:
+    """The recall model past a growth of its index, in a process without Python.
+
+    The same tokens as the package in Python, as a compiled step (but for near ties) and as steps
+    that are not recorded.
+    """
+    file, tokens = tmp_path / "rows.json", 1100
+    ran = run_process(
+        *(sys.executable, "-m", "retro_ops", "bench", "export", "--device", "cuda"),
+        *("--model", "recall", "--context", 2048, "--tokens", tokens, "--dtype", dtype),
+        *("--folder", tmp_path, "--json", file),
+        cwd=ROOT,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (row,) = json.loads(file.read_text())
+    assert row["graph"] == "yes"
+    assert row["wrong"] == ""
+    if dtype == "float32":
+        assert row["equal_tokens"] == tokens
+
+    model = load_model("recall", dtype=getattr(torch, dtype), device="cuda")
+    ids = bench_export.make_prompt(model, "recall", 1, 2048)
+    (package,) = tmp_path.glob("*.pt2")
+    program = bench_export.runner_program()
+    recorded = bench_export.run_runner(program, package, ids, 40, timeout=120)
+    plain = bench_export.run_runner(program, package, ids, 40, "--no-graph", timeout=120)
+    assert recorded.graph
+    assert not plain.graph
+    assert torch.equal(recorded.tokens, plain.tokens)
+    assert recorded.step_ms < plain.step_ms

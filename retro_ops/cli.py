@@ -483,6 +483,12 @@ def _add_bench_export(kinds: Any) -> None:
         "--runner", type=Path, metavar="FILE", help="retro_runner (built from the checkout)"
     )
     kind.add_argument("--folder", type=Path, metavar="DIR", help="keep the packages there")
+    kind.add_argument(
+        "--exact",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare logits with float32's, if --dtype is another",
+    )
     kind.add_argument("--timeout", type=number(1), default=300, help="seconds, of the runner")
     kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
     kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
@@ -520,6 +526,7 @@ def _bench_export(options: argparse.Namespace) -> None:
             config=_budgets(options),
             runner=options.runner,
             folder=options.folder,
+            exact=options.exact,
             timeout=options.timeout,
             progress=report,
         ):
