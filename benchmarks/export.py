@@ -73,14 +73,17 @@ def runner_program() -> Path:
     newest = max(path.stat().st_mtime for path in sources)
     if program.is_file() and program.stat().st_mtime > newest:
         return program
+    # Another process may build it, too.
+    own = program.with_name(f"retro_runner.{os.getpid()}")
     built = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_runner", "--output", str(program)],
+        [sys.executable, "setup.py", "--quiet", "build_runner", "--output", str(own)],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     if built.returncode:
         raise FileNotFoundError(f"bench export: the runner does not build: {built.stderr[-2000:]}")
+    own.replace(program)
     return program
 
 
@@ -136,7 +139,8 @@ def _cuda_folders() -> list[str]:
     maps = Path("/proc/self/maps")
     if not torch.version.cuda or not maps.is_file():
         return []
-    pattern = r"(/\S+)/lib(?:cu|nv|nccl)[^/\s]*\.so[^/\s]*$"
+    # The driver's own, libcuda and libnvidia, lie where every program looks.
+    pattern = r"(/\S+)/lib(?:cu(?!da\.)|nv(?!idia)|nccl)[^/\s]*\.so[^/\s]*$"
     return sorted(set(re.findall(pattern, maps.read_text(), re.MULTILINE)))
 
 

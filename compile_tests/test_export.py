@@ -360,7 +360,9 @@ def small_gemma(folder: Path) -> tuple[PreTrainedModel, Path]:
     package = folder / "gemma.pt2"
     settings = json.dumps(vars(SMALL))
     ran = run_process(
-        sys.executable, "-c", EXPORT, folder / "gemma", package, settings, 200, cwd=folder
+        *(sys.executable, "-c", EXPORT, folder / "gemma", package, settings, 200),
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # see the test of threads
     )
     assert ran.returncode == 0, ran.stderr
     return model, package
@@ -393,11 +395,16 @@ def as_lines(ids: Tensor, starts: list[int] | None = None) -> str:
 
 
 def run_runner(
-    program: Path, package: Path, ids: Tensor | str, *options: Any, ops: Path | None = None
+    program: Path,
+    package: Path,
+    ids: Tensor | str,
+    *options: Any,
+    ops: Path | None = None,
+    threads: int = 1,
 ) -> subprocess.CompletedProcess[str]:
     """The runner on rows of ids, in an environment in which no Python is to be found."""
     return run_process(
-        *(program, package, "--ops", ops or library(), "--threads", 1, *options),
+        *(program, package, "--ops", ops or library(), "--threads", threads, *options),
         input=ids if isinstance(ids, str) else as_lines(ids),
         env={"TMPDIR": str(package.parent)},
     )
@@ -474,6 +481,16 @@ def test_rows_of_different_length(llama: tuple[PreTrainedModel, Path], runner: P
         for row, start in enumerate(starts):
             alone = ids[row : row + 1, start:]
             assert torch.equal(generate(model, alone, RetroConfig(), 30), expected[[row]])
+
+
+def test_any_number_of_threads(small_gemma: tuple[PreTrainedModel, Path], runner: Path) -> None:
+    """Of the process that runs a package, not of the one that exported it: that had one."""
+    model, package = small_gemma
+    ids = make_prompt(2, 30)
+    expected = generate(model, ids, SMALL, 60)
+    for threads in (2, 3):
+        ran = run_runner(runner, package, ids, "--new-tokens", 60, threads=threads)
+        assert torch.equal(tokens_of(ran), expected)
 
 
 def test_end_tokens_stop_a_row(

@@ -232,8 +232,10 @@ def export_model(
         # Once for both programs, beside them: `_write_weights`.
         "aot_inductor.package_constants_in_so": False,
         "aot_inductor.metadata": metadata,
-        # As many threads as the process that runs it has, not as this one.
+        # As many threads as the process that runs it has, not as this one. For one thread torch
+        # leaves out what keeps several from each adding to a counter.
         "cpp.dynamic_threads": True,
+        "cpp.threads": max(torch.get_num_threads(), 2),
     }
     prompt = {1: torch.export.Dim("prompt", min=2, max=context)}
     program = Program(model, cache, context)
