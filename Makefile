@@ -29,7 +29,7 @@ SOURCES := $(wildcard csrc/*.* csrc/runner/*.* compile_tests/*.cpp)
 LAYOUT := $(VENV)/layout/retro_ops
 ROOMS = $(filter-out %.so %/__pycache__,$(wildcard retro_ops/*)) $(wildcard models benchmarks)
 
-.PHONY: demo test test-gpu bench runner lint format wheel clean
+.PHONY: demo test test-gpu test-wheel bench runner lint format wheel check-wheel clean
 
 demo: $(LIBRARY)
 	$(PY) -m retro_ops demo --model recall --compile $(ARGS)
@@ -43,6 +43,11 @@ test-gpu:
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu: no GPU")'
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	$(PYTHON) -m pytest -m gpu $(ARGS)
+
+# With each torch of compile_tests/try_wheel.py, for GPUs: gigabytes from a package index, and
+# minutes. ARGS='--torch 2.14.1' tries one.
+test-wheel: check-wheel
+	$(PY) compile_tests/try_wheel.py dist/*.whl $(ARGS)
 
 bench: $(LIBRARY)
 	$(PY) -m retro_ops bench $(ARGS)
@@ -65,9 +70,16 @@ format: $(VENV)/.installed
 
 # Without build/lib, where files that are gone from the checkout would live on.
 wheel: $(VENV)/.installed
-	rm -rf build/lib* build/bdist*
+	rm -rf build/lib* build/bdist* dist/*.whl
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
+
+# The stable Python ABI, what it needs of the system, and what an index would refuse.
+check-wheel: wheel
+	$(PIP) install -c $(VENV)/constraints.txt abi3audit auditwheel twine
+	$(PY) -m abi3audit --strict dist/*.whl
+	$(PY) -m auditwheel show dist/*.whl
+	$(PY) -m twine check --strict dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info retro_ops/*.so

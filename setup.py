@@ -96,8 +96,20 @@ class BuildLibraries(BuildExtension):
         super().build_extension(ext)
 
 
+def cuda_headers() -> Path | None:
+    """The folder of CUDA's headers; nvcc may be a link or a script far from them."""
+    homes = [CUDA_HOME, "/usr/local/cuda", str(Path(torch.__file__).parents[1] / "nvidia/cu13")]
+    for home in homes:
+        if home and (Path(home) / "include" / "cuda_runtime_api.h").is_file():
+            return Path(home) / "include"
+    return None
+
+
 class BuildRunner(Command):
-    """Compiles `csrc/runner/` for the torch that is installed, which must be there when it runs."""
+    """Compiles `csrc/runner/` for the torch that is installed, which must be there when it runs.
+
+    Where torch and the compiler have CUDA, it records CUDA graphs.
+    """
 
     description = "build the program that runs exported models without Python"
     user_options = [("output=", "o", "the program to write")]  # noqa: RUF012  (setuptools')
@@ -109,14 +121,23 @@ class BuildRunner(Command):
         pass
 
     def run(self) -> None:
-        libraries = ["torch", "torch_cpu", "c10"]
+        libraries, cuda = ["torch", "torch_cpu", "c10"], []
         if torch.version.cuda:
             libraries += ["torch_cuda", "c10_cuda"]
+            # torch's libraries find those of CUDA when they are loaded.
+            cuda = ["-Wl,--allow-shlib-undefined"]
+            headers = cuda_headers()
+            if headers is None:
+                message = "retro_ops: no CUDA headers, set CUDA_HOME; the runner records no graphs"
+                warnings.warn(message, stacklevel=1)
+            else:
+                cuda += ["-DRETRO_RUNNER_CUDA", "-isystem", str(headers)]
         folders = library_paths("cpu")
         Path(self.output).parent.mkdir(parents=True, exist_ok=True)
         command = [
             *shlex.split(os.environ.get("CXX", "c++")),
             *("-O2", "-g0", STANDARD, "-Wall", "-Wextra", "-Werror", *system_headers("cpu")),
+            *cuda,
             *csrc("runner/*.cpp"),
             *("-o", self.output),
             *(f"-L{folder}" for folder in folders),

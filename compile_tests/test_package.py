@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 import retro_ops
@@ -108,6 +110,48 @@ def test_wheel_holds_every_room_and_nothing_else(wheel: Path) -> None:
         names = {name for name in archive.namelist() if not name.endswith("/")}
     assert expected - names == set()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"retro_ops"}
+
+
+def test_wheel_has_its_licence(wheel: Path, metadata: Message) -> None:
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("License-File") == ["LICENSE"]
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("licenses/LICENSE"))
+        assert archive.read(name) == (ROOT / "LICENSE").read_bytes()
+
+
+def test_libraries_need_no_python(wheel: Path, tmp_path: Path) -> None:
+    """Neither a symbol of any Python version nor its library: all versions load them."""
+    if shutil.which("nm") is None:
+        pytest.skip("no nm (binutils), which lists the symbols of a library")
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(tmp_path, libraries)
+    assert libraries
+    for name in libraries:
+        listed = subprocess.run(
+            ["nm", "--dynamic", "--undefined-only", tmp_path / name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        symbols = [line.split()[-1] for line in listed.splitlines()]
+        assert any("torch" in symbol for symbol in symbols)
+        assert [symbol for symbol in symbols if symbol.startswith(("Py", "_Py"))] == []
+
+
+def test_version_stands_in_one_place() -> None:
+    """pyproject.toml; all else asks there, or what was installed from there."""
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert torch.ops.retro.library_version() == version == retro_ops.__version__
+    code = [path for path in ROOT.rglob("*.*") if path.suffix in (".py", ".cpp", ".h", ".cu")]
+    places = [
+        path.relative_to(ROOT)
+        for path in code
+        if path.relative_to(ROOT).parts[0] in (*ROOMS, "csrc", "compile_tests", "setup.py")
+        and f'"{version}"' in path.read_text("utf-8")
+    ]
+    assert places == []
 
 
 def test_hard_dependencies_are_torch_and_numpy(metadata: Message) -> None:

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from retro_ops.models.attention import NAME
 from retro_ops.models.cache import RetroCache, RetroCacheLayer
 from retro_ops.models.rope import longest_context
 
-FORMAT = "1"
+FORMAT = "2"
 """Of the metadata and the weights; the runner in `csrc/runner/` has the same number."""
 PROGRAMS = ("decode", "prefill")
 MIN_CONTEXT = 16
@@ -44,7 +44,8 @@ DTYPES = {
 """Types of state and weights by the names that a package has for them."""
 
 State = dict[str, Tensor]
-"""What a conversation has come to, by name: `layer.tensor` for every layer, then `position`."""
+"""What a conversation has come to, by name: `layer.tensor` for every layer, then `position` and
+`starts`."""
 
 
 class Program(nn.Module):
@@ -53,31 +54,44 @@ class Program(nn.Module):
     Args:
         model: with retro attention.
         cache: of the model, allocated; its tensors give way to those of the state.
+        context: tokens that a row can hold.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: RetroCache) -> None:
+    def __init__(self, model: PreTrainedModel, cache: RetroCache, context: int) -> None:
         super().__init__()
         self.model = model
         self._cache = cache
+        self._context = context
 
     def forward(self, ids: Tensor, state: State) -> Tensor:
         """The logits that follow `ids`; the state changes in place.
 
         Args:
             ids: `[B, T]` int64. More than one token is a prompt: what the state held is forgotten.
-            state: as `state_of` gives it.
+            state: as `state_of` gives it. `starts` says how many tokens of each row, at the
+                beginning of a prompt, are padding: 0 <= starts < T.
 
         Returns:
             `[B, V]` in the dtype of the model.
         """
-        position = state["position"]
-        if ids.shape[1] > 1:
+        position, starts = state["position"], state["starts"][:, None]
+        tokens = ids.shape[1]
+        if tokens > 1:
             position.zero_()
+        place = torch.arange(tokens, device=ids.device) + position
+        # A step has a mask of fixed size, for sliding windows: later tokens are not looked at.
+        known = torch.arange(tokens if tokens > 1 else self._context, device=ids.device)
         with _attached(self._cache, state):
             out = self.model(
-                input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+                input_ids=ids,
+                attention_mask=known >= starts,
+                # As `generate` counts, from the first real token of each row.
+                position_ids=(place - starts).clamp(min=0),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
             )
-        position.add_(ids.shape[1])
+        position.add_(tokens)
         return out.logits[:, -1]
 
 
@@ -94,6 +108,7 @@ def state_of(cache: RetroCache) -> State:
         else:
             state |= {f"{number}.keys": layer.keys, f"{number}.values": layer.values}
     state["position"] = cache.layers[0].cumulative_length
+    state["starts"] = state["position"].new_zeros(cache.batch_size)
     return state
 
 
@@ -135,8 +150,8 @@ def export_model(
 ) -> dict[str, str]:
     """Writes a model as a package of two programs: prompts of any length, and a step.
 
-    The package is for the device, the dtype and the attention implementation of `model`, for rows
-    of equal length, and for the version of the op library that is loaded now.
+    The package is for the device, the dtype and the attention implementation of `model`, and for
+    the version of the op library that is loaded now.
 
     Args:
         model: on its device, ready for inference; it is set to retro attention.
@@ -210,6 +225,7 @@ def export_model(
         "retro.context": str(context),
         "retro.batch_size": str(batch_size),
         "retro.vocabulary": str(text_config.vocab_size),
+        **_end_tokens(model),
         "retro.dtype": str(model.dtype).removeprefix("torch."),
         "retro.device": model.device.type,
         "retro.config": json.dumps(dataclasses.asdict(config)),
@@ -223,11 +239,13 @@ def export_model(
         # Once for both programs, beside them: `_write_weights`.
         "aot_inductor.package_constants_in_so": False,
         "aot_inductor.metadata": metadata,
-        # As many threads as the process that runs it has, not as this one.
+        # As many threads as the process that runs it has, not as this one. For one thread torch
+        # leaves out what keeps several from each adding to a counter.
         "cpp.dynamic_threads": True,
+        "cpp.threads": max(torch.get_num_threads(), 2),
     }
     prompt = {1: torch.export.Dim("prompt", min=2, max=context)}
-    program = Program(model, cache)
+    program = Program(model, cache, context)
     for step, which in enumerate(PROGRAMS):
         example = ids[:, :1] if which == "decode" else ids
         sizes = {} if which == "decode" else prompt
@@ -261,6 +279,17 @@ def export_model(
         },
     )
     return metadata
+
+
+def _end_tokens(model: PreTrainedModel) -> dict[str, str]:
+    """The tokens after which `generate` ends a row, and the one that it writes from there on."""
+    settings = model.generation_config
+    ends = settings.eos_token_id if settings is not None else model.config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    fill = settings.pad_token_id if settings is not None else model.config.pad_token_id
+    if fill is None:
+        fill = ends[0] if ends else 0
+    return {"retro.eos": " ".join(map(str, ends)), "retro.pad": str(fill)}
 
 
 def _described(tensor: Tensor) -> str:
@@ -328,6 +357,8 @@ class ExportedModel:
         context: N, tokens that a row can hold.
         batch_size: B, rows.
         vocabulary: V, tokens that there are.
+        eos: the tokens that end a row.
+        pad: the token that stands behind the end of a row.
         device: where it runs.
     """
 
@@ -338,6 +369,8 @@ class ExportedModel:
         self.context = int(metadata["retro.context"])
         self.batch_size = int(metadata["retro.batch_size"])
         self.vocabulary = int(metadata["retro.vocabulary"])
+        self.eos = tuple(map(int, metadata["retro.eos"].split()))
+        self.pad = int(metadata["retro.pad"])
         self.device = device
         self._programs = programs
 
@@ -350,21 +383,25 @@ class ExportedModel:
             state[name] = torch.zeros(shape, dtype=dtype, device=self.device)
         return state
 
-    def prefill(self, ids: Tensor, state: State) -> Tensor:
+    def prefill(self, ids: Tensor, state: State, attention_mask: Tensor | None = None) -> Tensor:
         """Logits `[B, V]` of the token that follows a prompt; whatever the state held is forgotten.
 
         Args:
             ids: `[B, T]` int64, 1 <= T <= N.
             state: of `new_state`; changed in place.
+            attention_mask: `[B, T]`, 0 for padding, which must be on the left; None: no padding.
 
         Raises:
-            ValueError: another number of rows, or more tokens than a row can hold.
+            ValueError: another number of rows, more tokens than a row can hold, or padding that
+                is not on the left.
         """
+        starts = self._starts(ids, attention_mask)
         self._check(ids)
         if ids.shape[1] == 1:  # the step of an empty state
             for tensor in state.values():
                 tensor.zero_()
             return self._run("decode", ids, state)
+        state["starts"].copy_(starts)
         return self._run("prefill", ids, state)
 
     def decode(self, ids: Tensor, state: State) -> Tensor:
@@ -379,23 +416,64 @@ class ExportedModel:
             raise ValueError(f"a step takes one token of each row, got {ids.shape[1]}")
         return self._run("decode", ids, state)
 
-    def generate(self, ids: Tensor, max_new_tokens: int, state: State | None = None) -> Tensor:
-        """Greedy tokens `[B, max_new_tokens]` after a prompt `[B, T]`.
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        state: State | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        eos: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Greedy tokens `[B, M]` after a prompt `[B, T]`, M <= max_new_tokens.
+
+        A row ends with the first token of `eos` that it writes, and is filled with `pad` from there
+        on; when all rows have ended, nothing more is generated.
+
+        Args:
+            ids: `[B, T]` int64.
+            max_new_tokens: M at most.
+            state: of `new_state`; None: a new one.
+            attention_mask: as in `prefill`.
+            eos: tokens that end a row; None: those of the package.
 
         Raises:
-            ValueError: another number of rows, or more tokens than a row can hold.
+            ValueError: as `prefill`, or there is no room for the new tokens.
         """
         self._check(ids, max_new_tokens)
         state = self.new_state() if state is None else state
-        logits = self.prefill(ids, state)
-        chosen = [logits.argmax(dim=-1, keepdim=True)]
-        while len(chosen) < max_new_tokens:
-            chosen.append(self.decode(chosen[-1], state).argmax(dim=-1, keepdim=True))
-        return torch.cat(chosen, dim=1)
+        ends = torch.tensor(self.eos if eos is None else list(eos), dtype=torch.int64)
+        ended = torch.zeros(self.batch_size, 1, dtype=torch.bool)
+        logits = self.prefill(ids, state, attention_mask)
+        chosen: list[Tensor] = []
+        while True:
+            token = logits.argmax(dim=-1, keepdim=True).cpu()
+            chosen.append(token.where(~ended, self.pad))
+            ended |= torch.isin(token, ends)
+            if len(chosen) == max_new_tokens or bool(ended.all()):
+                return torch.cat(chosen, dim=1).to(ids.device)
+            logits = self.decode(chosen[-1], state)
 
     def _run(self, which: str, ids: Tensor, state: State) -> Tensor:
         with torch.inference_mode():
             return self._programs[which](ids.to(self.device).contiguous(), state)
+
+    def _starts(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Tokens of each row that are padding, `[B]`."""
+        if attention_mask is None:
+            return torch.zeros(len(ids), dtype=torch.int64)
+        if attention_mask.shape != ids.shape:
+            raise ValueError(
+                f"the attention_mask must have the shape of the ids, {list(ids.shape)}, got "
+                f"{list(attention_mask.shape)}"
+            )
+        real = attention_mask.bool()
+        if not real[:, -1].all() or (real[:, :-1] > real[:, 1:]).any():
+            raise ValueError(
+                "padding must be on the left, and at least one token in every row; "
+                "set tokenizer.padding_side = 'left'"
+            )
+        return (~real).sum(dim=1)
 
     def _check(self, ids: Tensor, new_tokens: int = 1) -> None:
         if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():

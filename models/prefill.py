@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 
 class PrefillAttention(Protocol):
@@ -138,8 +138,12 @@ def attention(
     Returns:
         `[B, T, Hq, D]`.
     """
+    groups = query.shape[1] // keys.shape[1]
+    if mask is None and query.is_cuda and query.dtype == torch.float32 and groups > 1:
+        # No kernel for float32 takes grouped heads: torch would make a matrix of T x T per head.
+        keys, values, module = repeat_kv(keys, groups), repeat_kv(values, groups), _Heads(1)
     if module is None:
-        module = _Heads(query.shape[1] // keys.shape[1])
+        module = _Heads(groups)
     if sinks is None:
         return sdpa_attention_forward(module, query, keys, values, mask, scaling=scale, **kwargs)[0]
     tokens, head_dim = query.shape[2:]
@@ -201,11 +205,19 @@ def attend_to_prompt(
     if torch.compiler.is_compiling():
         if window is not None:
             return _attend_in_windows(module, query, keys, values, padding, scale, sinks, window)
-        mask = None
-        if padding is not None:  # for one graph of all lengths
-            mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-            mask = mask & padding[:, None, None, :]
-        return attention(query, keys, values, mask, scale=scale, sinks=sinks, module=module)
+        if padding is None:
+            return attention(query, keys, values, None, scale=scale, sinks=sinks, module=module)
+        # Each row is turned so that its padding is behind its tokens, which do not see it then: no
+        # mask of T x T, the kernel for causal attention, and one graph of all lengths.
+        place = torch.arange(tokens, device=query.device)
+        starts = padding.int().argmax(dim=1)[:, None]
+        turned, back = (place + starts) % tokens, (place - starts) % tokens  # [B, T]
+        query, keys, values = (
+            each.gather(2, turned[:, None, :, None].expand_as(each))
+            for each in (query, keys, values)
+        )
+        out = attention(query, keys, values, None, scale=scale, sinks=sinks, module=module)
+        return out.gather(1, back[:, :, None, None].expand_as(out))
     band = None
     if window is not None and tokens > window:
         # Query i of a piece and key j, with one window before the piece: i < j <= i + window.
@@ -256,7 +268,8 @@ def _attend_in_windows(
     real = torch.ones(rows, tokens, dtype=torch.bool, device=query.device)
     real = real if padding is None else real & padding
     mask = with_past(real[:, None, :, None]).transpose(2, 3)  # [B * pieces, 1, 1, 2 W]
-    mask = mask & (i < j) & (j <= i + window)
+    # Padding sees itself: what it becomes is not looked at, but has to be finite.
+    mask = (mask | (j == i + window)) & (i < j) & (j <= i + window)
     out = attention(
         piece(nn.functional.pad(query, (0, 0, 0, behind))),
         with_past(keys),

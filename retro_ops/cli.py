@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Headings of columns of words.
 LEFT = (
     *("task", "group", "metric", "attention", "dtype", "keys", "shape", "trace", "policy", "part"),
-    *("source", "estimator", "model", "text", "changed", "variant"),
+    *("source", "estimator", "model", "text", "changed", "variant", "note", "wrong"),
 )
 ATTENTIONS = ("dense", "retro")
 # Of models whose shape is known; the names of `retro_ops.models.shapes`.
@@ -387,6 +387,7 @@ def _add_bench(commands: Any) -> None:
     _add_bench_spread(kinds)
     _add_bench_memory(kinds)
     _add_bench_accuracy(kinds)
+    _add_bench_export(kinds)
 
 
 def _add_bench_buffer(kinds: Any) -> None:
@@ -872,6 +873,82 @@ def _bench_estimators(options: argparse.Namespace) -> None:
     _report(options, rows, tuple(estimators.columns(rows)))
 
 
+def _add_bench_export(kinds: Any) -> None:
+    kind = _command(
+        kinds,
+        "export",
+        _bench_export,
+        "Export a model, run it without Python, and compare with the model compiled in Python.",
+    )
+    kind.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
+    kind.add_argument(
+        "--model",
+        type=names(("llama-8b", "tiny", "recall", "recall-128k")),
+        default="recall",
+        help="shapes with random weights, or models of the package",
+    )
+    kind.add_argument("--context", type=numbers, default="4096", help="tokens of the prompt")
+    kind.add_argument("--batch", type=numbers, default="1", help="rows")
+    kind.add_argument("--dtype", type=names(tuple(DTYPES)), default="float32")
+    kind.add_argument("--tokens", type=number(2), default=64, help="generated")
+    kind.add_argument("--layers", type=number(1), help="of random weights (as many as the shape)")
+    kind.add_argument(
+        "--runner", type=Path, metavar="FILE", help="retro_runner (built from the checkout)"
+    )
+    kind.add_argument("--folder", type=Path, metavar="DIR", help="keep the packages there")
+    kind.add_argument(
+        "--exact",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare logits with float32's, if --dtype is another",
+    )
+    kind.add_argument("--timeout", type=number(1), default=300, help="seconds, of the runner")
+    kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
+    kind.add_argument("--csv", type=new_file, metavar="FILE", help="write the figures")
+    _add_budgets(kind)
+
+
+def _bench_export(options: argparse.Namespace) -> None:
+    import time
+
+    from retro_ops.benchmarks import export
+
+    if options.folder is not None and not options.folder.is_dir():
+        raise ValueError(f"--folder must be a folder that is there, got '{options.folder}'")
+    if options.runner is not None and not options.runner.is_file():
+        raise ValueError(f"--runner must be the program retro_runner, got '{options.runner}'")
+    rows: list[dict[str, Any]] = []
+    lists = (options.model, options.dtype, options.context, options.batch)
+    total = math.prod(len(values) for values in lists)
+    begin = time.perf_counter()
+    with _progress() as progress:
+
+        def report(what: str) -> None:
+            progress(what, 0, total)
+            if not sys.stderr.isatty():  # minutes in which nothing else is heard
+                print(f"{time.perf_counter() - begin:.0f} s: {what}", file=sys.stderr)
+
+        for case in export.run(
+            device=torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+            models=options.model,
+            dtypes=[DTYPES[name] for name in options.dtype],
+            contexts=options.context,
+            batch_sizes=options.batch,
+            tokens=options.tokens,
+            layers=options.layers,
+            config=_budgets(options),
+            runner=options.runner,
+            folder=options.folder,
+            exact=options.exact,
+            timeout=options.timeout,
+            progress=report,
+        ):
+            rows += case
+    _report(options, rows, export.COLUMNS)
+    if any(row["wrong"] for row in rows):
+        raise SystemExit(f"{options.prog}: the figures above are wrong where a row says so")
+
+
 def _bench(options: argparse.Namespace) -> None:
     import importlib
 
@@ -1139,7 +1216,14 @@ def _add_info(commands: Any) -> None:
         commands,
         "info",
         _info,
-        "Say what is installed and what it runs on; of a model, what memory it would take.",
+        "Say what is installed, what it runs on, and whether it works; of a model, what memory it "
+        "would take.",
+    )
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="try every op on every device, for some seconds",
     )
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
     group = parser.add_argument_group("memory of a model, of which nothing but its config is read")
@@ -1266,30 +1350,32 @@ def _info(options: argparse.Namespace) -> None:
     if options.model is not None:
         _info_memory(options)
         return
-    import platform
-    from importlib import metadata
+    from retro_ops import doctor
 
-    import retro_ops
-
-    def version_of(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "not installed"
-
-    facts = {
-        "retro_ops": retro_ops.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version_of("transformers"),
-        "triton": version_of("triton"),
-        "CPU kernels": torch.ops.retro.cpu_kernels(""),
-        "CPU threads": str(torch.get_num_threads()),
-        "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }
+    facts, hints = doctor.facts(), doctor.hints()
+    width = max(map(len, facts))
     for key, value in facts.items():
-        print(f"{key:14} {value}")
-    _write_json(options.json, facts)
+        print(f"{key:{width}} {value}")
+    for hint in hints:
+        print(f"hint: {hint}")
+    checks = []
+    if options.check:
+        checks = list(doctor.self_test())
+        devices = dict.fromkeys(check.device for check in checks)
+        for place in devices:
+            here = [check for check in checks if check.device == place]
+            right = sum(not check.problem for check in here)
+            print(f"{'self-test':{width}} {right} of {len(here)} ops are right on {place}")
+    wrong = [check for check in checks if check.problem]
+    for check in wrong:
+        print(f"wrong: {check.op} on {check.device}: {check.problem}")
+    figures = {**facts, "hints": hints, "checks": [dataclasses.asdict(check) for check in checks]}
+    _write_json(options.json, figures)
+    if wrong:
+        raise SystemExit(
+            f"{options.prog}: {len(wrong)} of {len(checks)} self-tests failed; report the lines "
+            "above, with those that say what is installed"
+        )
 
 
 def _write_json(path: Path | None, figures: Any) -> None:

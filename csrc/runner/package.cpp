@@ -1,5 +1,6 @@
 #include "package.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <caffe2/serialize/inline_container.h>
 #include <dlfcn.h>
@@ -11,7 +12,7 @@
 namespace retro {
 namespace {
 
-constexpr const char* kFormat = "1";
+constexpr const char* kFormat = "2";
 
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -61,7 +62,7 @@ std::string library_version() {
   return stack.front().toStringRef();
 }
 
-Package::Package(const std::string& path, const std::string& device) {
+Package::Package(const std::string& path, const std::string& device, bool graph) {
   if (!std::ifstream(path)) fail("no package '", path, "'");
   try {
     metadata_ = Loader::load_metadata_from_package(path, "decode");
@@ -93,17 +94,30 @@ Package::Package(const std::string& path, const std::string& device) {
   context_ = std::stoll(metadata_["retro.context"]);
   batch_size_ = std::stoll(metadata_["retro.batch_size"]);
   vocabulary_ = std::stoll(metadata_["retro.vocabulary"]);
-  device_ = own == "cuda" ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
+  std::istringstream ends(metadata_["retro.eos"]);
+  for (int64_t id; ends >> id;) eos_.push_back(id);
+  if (own == "cuda") {
+    device_ = at::Device(at::kCUDA, 0);
+    at::globalContext().lazyInitDevice(at::kCUDA);
+    use_own_stream(device_);
+  }
 
   std::istringstream lines(metadata_["retro.state"]);
   for (std::string name; lines >> name;) {
     const Description description = parse(lines);
     state_.push_back(
         at::zeros(description.shape, at::TensorOptions(device_).dtype(description.dtype)));
+    if (name == "starts") starts_ = state_.back();
   }
+  if (!starts_.defined()) fail(path, " is damaged: its state has no 'starts'");
   decode_ = std::make_unique<Loader>(path, "decode", /*run_single_threaded=*/true);
   prefill_ = std::make_unique<Loader>(path, "prefill", /*run_single_threaded=*/true);
   read_weights(path);
+  if (own == "cuda" && graph) {
+    step_ids_ = at::zeros({batch_size_, 1}, at::TensorOptions(device_).dtype(at::kLong));
+    graph_ = std::make_unique<Graph>([this] { step_logits_ = run(*decode_, step_ids_); });
+    forget();  // what the steps of the recording left
+  }
 }
 
 void Package::read_weights(const std::string& path) {
@@ -131,13 +145,25 @@ void Package::read_weights(const std::string& path) {
   }
 }
 
-at::Tensor Package::prefill(const at::Tensor& ids) {
-  if (ids.size(1) > 1) return run(*prefill_, ids);
-  for (at::Tensor& tensor : state_) tensor.zero_();  // one token: the step of an empty state
-  return run(*decode_, ids);
+void Package::forget() {
+  for (at::Tensor& tensor : state_) tensor.zero_();
 }
 
-at::Tensor Package::decode(const at::Tensor& ids) { return run(*decode_, ids); }
+at::Tensor Package::prefill(const at::Tensor& ids, const at::Tensor& starts) {
+  if (ids.size(1) > 1) {
+    starts_.copy_(starts);
+    return run(*prefill_, ids);
+  }
+  forget();  // one token: the step of an empty state
+  return decode(ids);
+}
+
+at::Tensor Package::decode(const at::Tensor& ids) {
+  if (!graph_) return run(*decode_, ids);
+  step_ids_.copy_(ids);
+  graph_->replay();
+  return step_logits_;
+}
 
 at::Tensor Package::run(Loader& program, const at::Tensor& ids) {
   std::vector<at::Tensor> inputs{ids.to(device_).contiguous()};

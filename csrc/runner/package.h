@@ -11,6 +11,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "graph.h"
+
 namespace retro {
 
 // Opens an op library, e.g. retro_ops/_C.abi3.so, which registers its ops; throws std::runtime_error.
@@ -22,16 +24,20 @@ std::string library_version();
 class Package {
  public:
   // Throws std::runtime_error where the file is no package, is for another device than `device` (empty: any), or needs
-  // another version of the op library than the one that is loaded.
-  Package(const std::string& path, const std::string& device);
+  // another version of the op library than the one that is loaded. A package for a GPU gives the calling thread, which
+  // has to make all calls, a stream of its own, and records the step as a CUDA graph, unless `graph` is false.
+  Package(const std::string& path, const std::string& device, bool graph = true);
 
-  int64_t context() const { return context_; }        // tokens that a row can hold
-  int64_t batch_size() const { return batch_size_; }  // rows
-  int64_t vocabulary() const { return vocabulary_; }  // tokens that there are
+  int64_t context() const { return context_; }              // tokens that a row can hold
+  int64_t batch_size() const { return batch_size_; }        // rows
+  int64_t vocabulary() const { return vocabulary_; }        // tokens that there are
+  const std::vector<int64_t>& eos() const { return eos_; }  // tokens that end a row
+  bool has_graph() const { return graph_ != nullptr; }      // of the step
 
   // Forgets what the rows held and reads a prompt, [B, T] int64 with 1 <= T <= context; returns logits [B, V].
-  at::Tensor prefill(const at::Tensor& ids);
-  // Takes one more token of each row, [B, 1] int64; returns logits [B, V].
+  // `starts`, [B] int64 in 0..T-1, says how many tokens at the beginning of each row are padding.
+  at::Tensor prefill(const at::Tensor& ids, const at::Tensor& starts);
+  // Takes one more token of each row, [B, 1] int64; returns logits [B, V], which the next step overwrites.
   at::Tensor decode(const at::Tensor& ids);
 
  private:
@@ -39,13 +45,18 @@ class Package {
 
   at::Tensor run(Loader& program, const at::Tensor& ids);
   void read_weights(const std::string& path);
+  void forget();
 
   std::unordered_map<std::string, std::string> metadata_;
   int64_t context_, batch_size_, vocabulary_;
   at::Device device_ = at::kCPU;
+  std::vector<int64_t> eos_;
   std::vector<at::Tensor> state_;    // in the order in which the programs take them
+  at::Tensor starts_;                // one of them
   std::vector<at::Tensor> weights_;  // which the programs only point to
   std::unique_ptr<Loader> decode_, prefill_;
+  at::Tensor step_ids_, step_logits_;  // what the graph reads and writes
+  std::unique_ptr<Graph> graph_;
 };
 
 }  // namespace retro
