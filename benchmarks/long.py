@@ -202,7 +202,8 @@ def run_model(
     window, and in a first row after the first ones that follow the prompt: relative error of the
     logits, mean Kullback-Leibler divergence from dense to retro attention in nats, and how often
     both would choose the same token. `prompt_...` are of the same steps, had all tokens before them
-    been a prompt. `growth_us` is the median of the steps in which clusters were added to the index.
+    been a prompt. `growth_us` is the median of the steps in which the index of the first layer
+    grew; no two layers grow in the same step.
 
     Args:
         model: on its device.
@@ -234,7 +235,6 @@ def run_model(
     )
     assert isinstance(decoder.cache, RetroCache)
     decoder.prefill(ids[:, :prompt])
-    # All layers grow in the same steps.
     layer = decoder.cache.retro_layers[0].retro
     assert layer is not None
     logits: list[Tensor] = []

@@ -148,7 +148,9 @@ def test_generates_the_tokens_of_dense_attention(family: str) -> None:
         stats, layers = cache.stats(), len(cache.retro_layers)
         assert stats["steps"] == 49
         assert stats["updates"] == layers * 3
-        assert stats["indexed_tokens"] == layers * (70 + 50 + 3 * 32)
+        # Of two rows a layer indexes one token less than the layer before it.
+        later = 2 * sum(range(layers))
+        assert stats["indexed_tokens"] == layers * (70 + 50 + 3 * 32) - later
 
 
 @families
@@ -404,10 +406,9 @@ def test_stats() -> None:
     assert cache.stats() == {"build_seconds": 0}
     generate(model, make_prompt(1, 100), past_key_values=cache, max_new_tokens=11)
     stats = cache.stats()
-    layers = [layer.retro for layer in cache.retro_layers]
-    assert len(layers) == 2
-    for name, value in layers[0].stats().items():  # type: ignore[union-attr]
-        assert stats[name] == (value if name == "steps" else 2 * value), name
+    first, second = (layer.retro.stats() for layer in cache.retro_layers if layer.retro)
+    for name, value in first.items():
+        assert stats[name] == (value if name == "steps" else value + second[name]), name
     assert stats["steps"] == 10
     assert stats["build_seconds"] > 0
 

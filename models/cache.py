@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -587,7 +587,8 @@ class RetroCache(Cache):
 
     Args:
         config: the model's config.
-        retro_config: budgets and sizes; None: the defaults.
+        retro_config: budgets and sizes; None: the defaults. The local window of each layer is one
+            token longer than that of the layer before it, so that indexes grow one after another.
         max_cache_len: tokens that a row can hold, prompt and generated ones.
         batch_size: rows.
         offload: keep the KV stores in slow memory behind page caches; see `RetroLayer`. On a GPU
@@ -631,11 +632,15 @@ class RetroCache(Cache):
         # Some models have a window that none of their contexts fills: their layers see all tokens.
         longest = max(rope.longest_context(config) or max_cache_len, max_cache_len)
         layers: list[Any] = []
+        retro_layers = 0
         for kind in layer_types:
             if kind == "full_attention" or window >= longest:
+                # A layer keeps one token more than the one before it: no two grow in the same step.
+                local_tokens = self.retro_config.local_tokens + retro_layers
+                retro_layers += 1
                 layers.append(
                     RetroCacheLayer(
-                        self.retro_config,
+                        replace(self.retro_config, local_tokens=local_tokens),
                         num_query_heads=text_config.num_attention_heads,
                         batch_size=batch_size,
                         max_length=max_cache_len,

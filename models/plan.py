@@ -147,7 +147,8 @@ class Planner:
         }
         known: dict[tuple[Any, ...], dict[str, int]] = {}
         for layer, place, heads in zip(cache.layers, self._layer_places, self._heads, strict=True):
-            kind = (type(layer), getattr(layer, "past", None), heads)
+            own = getattr(layer, "config", None), getattr(layer, "past", None)
+            kind = (type(layer), *own, heads)
             if kind not in known:
                 known[kind] = layer_bytes(layer, *self._tokens(heads, batch_size))
             for name, bytes_ in known[kind].items():
