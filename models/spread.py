@@ -8,7 +8,7 @@ one device to the next is the hidden state of a token.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Stage(nn.Module):
         compiled: compile steps of one token into one graph.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], device: torch.device, compiled: bool) -> None:
+    def __init__(self, layers: Iterable[nn.Module], device: torch.device, compiled: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.device = device

@@ -650,7 +650,7 @@ def _bench_spread(options: argparse.Namespace) -> None:
 
     first = _place(options)
     count = options.devices or (torch.cuda.device_count() if first.type == "cuda" else 2)
-    devices = [torch.device(first.type, i if first.type == "cuda" else None) for i in range(count)]
+    devices = [torch.device(f"cuda:{i}" if first.type == "cuda" else "cpu") for i in range(count)]
     rows: list[dict[str, Any]] = []
     with _progress() as progress:
         progress("one device", 0, 2)
@@ -883,7 +883,7 @@ def _add_bench_export(kinds: Any) -> None:
     kind.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
     kind.add_argument(
         "--model",
-        type=names(("llama-8b", "tiny", "recall", "recall-128k")),
+        type=names((*SHAPES, "recall", "recall-128k")),
         default="recall",
         help="shapes with random weights, or models of the package",
     )
