@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from retro_ops import RetroConfig
 from retro_ops._library import find_library
 from retro_ops.benchmarks import machine
-from retro_ops.benchmarks.model import SHAPES
 from retro_ops.benchmarks.timing import synchronize
 from retro_ops.models import RetroCache, export_model, load_exported, load_model
 from retro_ops.models.export import state_of
 from retro_ops.models.load import RECALL
 from retro_ops.models.recall import make_task
+from retro_ops.models.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
@@ -150,14 +150,16 @@ def make_model(
     """A model of random weights in the shape `name`, or a built-in one."""
     if name in RECALL:
         return load_model(name, dtype=dtype, device=device)
-    shape = dict(SHAPES[name])
-    shape["num_hidden_layers"] = layers or shape["num_hidden_layers"]
-    config = LlamaConfig(
-        **shape, max_position_embeddings=1 << 21, bos_token_id=None, eos_token_id=None
-    )
+    config = SHAPES[name]()
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    config.max_position_embeddings = 1 << 21
+    config.bos_token_id = config.eos_token_id = None
     torch.manual_seed(0)
     with torch.device(device):
-        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
 
 
 def make_prompt(model: PreTrainedModel, name: str, rows: int, tokens: int) -> Tensor:

@@ -650,7 +650,7 @@ def _bench_spread(options: argparse.Namespace) -> None:
 
     first = _place(options)
     count = options.devices or (torch.cuda.device_count() if first.type == "cuda" else 2)
-    devices = [torch.device(first.type, i if first.type == "cuda" else None) for i in range(count)]
+    devices = [torch.device("cuda", i) if first.type == "cuda" else first for i in range(count)]
     rows: list[dict[str, Any]] = []
     with _progress() as progress:
         progress("one device", 0, 2)
