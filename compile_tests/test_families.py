@@ -64,9 +64,10 @@ from transformers import (
 
 from retro_ops import RetroConfig, RetroLayer
 from retro_ops.models import RetroCache, load_model, rope, support
+from retro_ops.models import spread as retro_spread
 from retro_ops.models.cache import RetroCacheLayer, SlidingCacheLayer
 from retro_ops.models.generate import make_cache as make_any_cache
-from retro_ops.models.load import layer_devices, move_between, prepare
+from retro_ops.models.load import layer_devices, move_between, prepare, remove_moves
 from retro_ops.models.prefill import LocalPrefill, attention
 from retro_ops.testing import assert_same, assert_within_budget
 
@@ -752,7 +753,7 @@ def test_the_document_runs() -> None:
     text = (ROOT / "docs/models.md").read_text("utf-8")
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     here = [snippet for snippet in snippets if "Qwen/" not in snippet]
-    assert len(snippets) - len(here) == 2
+    assert len(snippets) - len(here) == 3
     assert len(here) == 3
     names: dict[str, Any] = {}
     for snippet in here:
@@ -905,6 +906,8 @@ def test_a_spread_model_is_one_graph(name: str) -> None:
         retro = generate(model, ids, past_key_values=make_cache(model, 2), **arguments)
         assert_same(retro[1], expected[1])
     assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    move_between(model, places)  # again: instead of the others, not beside them
+    assert {len(model.get_submodule(name)._forward_pre_hooks) for name in places} == {1}
     step = torch.compile(model, fullgraph=True, backend="eager")
     cache = make_cache(model, 2)
     decode_loop(model, step, cache, ids, 20)
@@ -921,6 +924,22 @@ def test_parts_move_their_inputs() -> None:
         moved = parts["second"]((tensor, {"mask": tensor, "other": 3}))
     assert str(moved[0].device) == str(moved[1]["mask"].device) == "cuda:1"
     assert moved[1]["other"] == 3
+    twin = copy.deepcopy(parts)
+    remove_moves(parts)
+    with FakeTensorMode():
+        assert str(parts["second"](torch.empty(2)).device) == "cpu"
+        assert str(twin["second"](torch.empty(2)).device) == "cuda:1"
+        remove_moves(twin)
+        assert str(twin["second"](torch.empty(2)).device) == "cpu"
+
+
+def test_gpus_have_numbers() -> None:
+    """As in a device_map; 0 is one, too."""
+    parts = nn.ModuleDict({"first": nn.Identity(), "second": nn.Identity()})
+    move_between(parts, {"first": 0, "second": 1})
+    with FakeTensorMode():
+        assert str(parts["first"](torch.empty(2)).device) == "cuda:0"
+        assert str(parts["second"](torch.empty(2)).device) == "cuda:1"
 
 
 def test_layers_live_where_their_keys_come_from() -> None:
@@ -945,11 +964,25 @@ def test_devices_of_layers() -> None:
     dispatch_model(model, spread(model, "cpu", "cpu"), main_device="cpu", force_hooks=True)
     last = model.model.layers[1].self_attn
     last.to("meta")
-    for part in last.children():
-        part._hf_hook.execution_device = "cuda:1"  # type: ignore[union-attr]
-    assert [str(each) for each in layer_devices(model)] == ["cpu", "cuda:1"]
+    for place, device in (("cuda:1", "cuda:1"), (0, "cuda:0"), (torch.device("cpu"), "cpu")):
+        for part in last.children():
+            part._hf_hook.execution_device = place  # type: ignore[union-attr]
+        assert [str(each) for each in layer_devices(model)] == ["cpu", device]
     with pytest.raises(ValueError, match=r"Linear has attention layers \[\]"):
         layer_devices(nn.Linear(2, 2))
+
+
+def test_weights_that_wait_on_disk(directories: dict[str, Path], tmp_path: Path) -> None:
+    reference = load_model(directories["qwen3"], device="cpu")
+    places = spread(reference, "cpu", "disk")
+    model = load_model(directories["qwen3"], device_map=places, offload_folder=tmp_path)
+    assert model.model.layers[1].self_attn.q_proj.weight.is_meta
+    assert layer_devices(model) == [torch.device("cpu")] * 2
+    ids = make_prompt(2, 90)
+    retro = generate(model, ids, past_key_values=make_cache(model, 2))
+    assert_tokens_of(generate_dense(reference, ids), retro)
+    with pytest.raises(ValueError, match=r"all weights on their devices, model.layers.1\S* waits"):
+        retro_spread(model)
 
 
 def test_a_saved_cache_goes_to_the_layers(tmp_path: Path) -> None:

@@ -435,9 +435,12 @@ def decode_loop(
     logits = [model(ids, past_key_values=cache).logits[:, -1]]
     chosen = [logits[-1].argmax(dim=-1, keepdim=True)]
     for _ in range(tokens - 1):
-        logits.append(step(chosen[-1], past_key_values=cache).logits[:, -1])
+        # Copied: the next step of a CUDA graph writes over the output of this one.
+        logits.append(step(chosen[-1], past_key_values=cache).logits[:, -1].clone())
         chosen.append(logits[-1].argmax(dim=-1, keepdim=True))
-    return torch.cat((ids, *chosen), dim=1), torch.stack(logits, dim=1)
+    # Logits come into being where the head is, which need not be where the prompt is.
+    sequences = torch.cat((ids.to(chosen[0].device), *chosen), dim=1)
+    return sequences, torch.stack(logits, dim=1)
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,16 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
 )
 
-from retro_ops import RetroConfig, RetroLayer
+from retro_ops import RetroConfig, RetroLayer, wave_buffer
 from retro_ops.benchmarks.memory import measure
 from retro_ops.cli import main
 from retro_ops.models import RetroCache, load_model, memory, plan
-from retro_ops.models.cache import RetroCacheLayer
 from retro_ops.models.memory import GIB, HOST, Memory, free_memory
 from retro_ops.models.plan import ACTIVATIONS, PARTS, ZONES, Plan, Planner
 from retro_ops.models.shapes import SHAPES
@@ -40,6 +40,7 @@ BASE: dict[str, Any] = {
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**BASE, head_dim=32),
     "qwen2, tied": lambda: Qwen2Config(**BASE, tie_word_embeddings=True),
+    "mistral, a window that nothing fills": lambda: MistralConfig(**BASE, sliding_window=600),
     "gemma3, windows": lambda: Gemma3TextConfig(
         **BASE,
         head_dim=16,
@@ -85,12 +86,7 @@ def test_plan_is_what_is_allocated(family: str, dtype: torch.dtype, offload: boo
     weights = {id(each): each for each in (*model.parameters(), *model.buffers())}
     expected = {"weights": sum(each.nbytes for each in weights.values())}
     for layer in cache.layers:
-        if isinstance(layer, RetroCacheLayer):
-            assert layer.retro is not None
-            buffers = dict(layer.retro.named_buffers())
-        else:
-            buffers = {"keys": layer.keys, "values": layer.values}
-        for name, buffer in buffers.items():
+        for name, buffer in layer.named_buffers().items():
             expected[ZONES[name]] = expected.get(ZONES[name], 0) + buffer.nbytes
     assert [*planned.places] == [HOST]
     parts = planned.places[HOST]
@@ -238,7 +234,7 @@ def test_weights_that_do_not_fit_are_not_loaded(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_free_memory_knows_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(wave_buffer, "CGROUPS", tmp_path)
     whole = free_memory().host
     assert whole > 0
     (tmp_path / "memory.current").write_text("700000\n")
@@ -265,7 +261,7 @@ def test_info_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr().out
     assert "It fits." in printed
     assert "of a model for up to 8,192 tokens" in printed
-    store = figures["bytes"][HOST]["KV store"] / GIB
+    store = on_host["KV store"] / GIB
     assert f"{store:.3f}" in printed
 
     assert main(["info", *asked, "--device-memory", "16", "--host-memory", "128"]) == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
@@ -16,7 +18,8 @@ from transformers import (
 )
 
 from retro_ops import RetroConfig
-from retro_ops.models import RetroCache, spread
+from retro_ops.models import RetroCache, load_model, spread
+from retro_ops.models.load import move_between
 
 SIZES = {
     "vocab_size": 199,
@@ -63,6 +66,22 @@ def test_same_tokens(kind: type, tied: bool) -> None:
     assert torch.equal(generate(parts), expected)
 
 
+def test_a_model_with_a_device_map() -> None:
+    """What moved inputs to where the map says goes, and with it the map."""
+    model = make_model(LlamaConfig(**SIZES))
+    expected = generate(model)
+    places = {"model": "cpu", "lm_head": "cpu"}
+    dispatch_model(model, places, main_device="cpu", force_hooks=True)
+    assert model.hf_device_map == places
+    assert torch.equal(generate(spread(model, ["cpu", "cpu"], compiled=False)), expected)
+    assert not hasattr(model, "hf_device_map")
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+
+    moved = make_model(LlamaConfig(**SIZES))
+    move_between(moved, {f"model.layers.{i}": "meta" for i in range(3)} | {"lm_head": "meta"})
+    assert torch.equal(generate(spread(moved, ["cpu", "cpu"], compiled=False)), expected)
+
+
 def test_one_graph_for_each_share() -> None:
     model = make_model(LlamaConfig(**SIZES))
     expected = generate(model)
@@ -105,3 +124,29 @@ def test_two_gpus_give_the_tokens_of_one() -> None:
     parts = spread(copy.deepcopy(model), ["cuda:0", "cuda:1"])
     assert {str(p.device) for p in parts.model.layers[1].parameters()} == {"cuda:1"}
     assert torch.equal(generate(parts), generate(model))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_loaded_model_stays_on_its_two_gpus(tmp_path: Path) -> None:
+    """load_model's device_map says where layers are; ids may come from where the head is."""
+    make_model(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
+    whole = load_model(tmp_path, device="cuda:0")
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0}
+    places |= {"model.layers.1": 1, "model.layers.2": 1, "model.norm": 1, "lm_head": 1}
+    parts = load_model(tmp_path, device_map=places)
+    expected = generate(whole)
+    assert torch.equal(generate(parts), expected)
+    spread(parts)
+    assert [(str(stage.device), len(stage.layers)) for stage in parts.model.layers] == [
+        ("cuda:0", 1),
+        ("cuda:1", 2),
+    ]
+    assert torch.equal(generate(parts), expected)
+    ids = torch.ones(2, 50, dtype=torch.int64, device="cuda:1")
+    with torch.no_grad():
+        logits = [
+            model(ids.to(device), use_cache=False).logits[:, -1].cpu()
+            for model, device in ((whole, "cuda:0"), (parts, "cuda:1"))
+        ]
+    assert torch.equal(logits[0].argmax(dim=-1), logits[1].argmax(dim=-1))

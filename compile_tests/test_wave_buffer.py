@@ -420,13 +420,15 @@ def test_room_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
         wave_buffer.check_room(shapes, cuda, 4)
 
 
-def test_free_host_memory_is_known() -> None:
+def test_free_host_memory_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (total,) = (
         1024 * int(line.split()[1])
         for line in Path("/proc/meminfo").read_text().splitlines()
         if line.startswith("MemTotal:")
     )
     assert 0 < wave_buffer.free_host_bytes() <= total
+    monkeypatch.setattr(wave_buffer, "MEMINFO", tmp_path / "meminfo")
+    assert wave_buffer.free_host_bytes() == pytest.approx(total, rel=0.05)
 
 
 def test_rejects_an_unknown_policy() -> None:

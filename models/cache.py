@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -310,6 +311,10 @@ class RetroCacheLayer(CacheLayerMixin):
             twin._allocate(retro)
         return twin
 
+    def named_buffers(self) -> dict[str, Tensor]:
+        """What the layer has allocated; nothing before the first tokens."""
+        return {} if self.retro is None else dict(self.retro.named_buffers())
+
     def state(self) -> dict[str, Tensor]:
         """Copies of what the layer holds, for `load_state`; nothing before the first tokens."""
         if self.retro is None:
@@ -547,13 +552,16 @@ class SlidingCacheLayer(CacheLayerMixin):
             twin._allocate(keys, values)
         return twin
 
+    def named_buffers(self) -> dict[str, Tensor]:
+        """What the layer has allocated; nothing before the first tokens."""
+        return {"keys": self.keys, "values": self.values} if self.is_initialized else {}
+
     def state(self) -> dict[str, Tensor]:
         """Copies of what the layer holds, for `load_state`; nothing before the first tokens."""
         if not self.is_initialized:
             return {}
         return {
-            "keys": self.keys.clone(),
-            "values": self.values.clone(),
+            **{name: tensor.clone() for name, tensor in self.named_buffers().items()},
             "cumulative_length": self.cumulative_length.clone(),
         }
 
@@ -897,6 +905,7 @@ class RetroCache(Cache):
         if not (
             torch.compiler.is_compiling()
             or keys.device.type == "meta"
+            or isinstance(keys, FakeTensor)  # of a device that need not be there
             or any(layer.is_initialized for layer in self.layers)
         ):
             memory.check_cache(self.layers, keys, values, self._rows, self._max_tokens)

@@ -151,17 +151,15 @@ def move_between(model: nn.Module, places: Mapping[str, Any]) -> None:
     """Has each part of a model take its inputs to where its weights are.
 
     As accelerate's hooks do, which it replaces; those are not for compiled code: a step would have
-    a graph for each layer.
+    a graph for each layer. `remove_moves` undoes it.
 
     Args:
         model: its weights are where they stay.
         places: device of each part, by the name of its module: transformers' `hf_device_map`.
     """
-    from accelerate.hooks import remove_hook_from_module
-
-    remove_hook_from_module(model, recurse=True)
+    remove_moves(model)
     for name, place in places.items():
-        module, device = model.get_submodule(name), torch.device(place)
+        module, device = model.get_submodule(name), _device(place)
 
         def move(
             module: nn.Module, inputs: Any, named: dict[str, Any], device: torch.device = device
@@ -176,7 +174,26 @@ def move_between(model: nn.Module, places: Mapping[str, Any]) -> None:
             }
             return tree_map(there, inputs), moved
 
-        module.register_forward_pre_hook(move, with_kwargs=True)
+        module._retro_move = module.register_forward_pre_hook(move, with_kwargs=True)  # type: ignore[assignment]
+
+
+def remove_moves(model: nn.Module) -> None:
+    """Removes the hooks of `move_between`, and accelerate's: no part moves its inputs any more.
+
+    Weights that accelerate keeps on the CPU come back; those that it keeps on disk do not.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    remove_hook_from_module(model, recurse=True)
+    for module in model.modules():
+        handle = module.__dict__.pop("_retro_move", None)
+        if handle is not None:
+            handle.remove()
+
+
+def _device(place: Any) -> torch.device:
+    """A device as accelerate names it, which counts GPUs."""
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
 def layer_devices(model: nn.Module) -> list[torch.device]:
@@ -195,11 +212,12 @@ def layer_devices(model: nn.Module) -> list[torch.device]:
         for owner in module.modules():
             weight = next(owner.parameters(recurse=False), None)
             if weight is not None:
-                hook = getattr(owner, "_hf_hook", None)
-                place = weight.device
+                place: Any = weight.device
                 if place.type == "meta":
-                    place = getattr(hook, "execution_device", None) or place
-                devices[index] = torch.device(place)
+                    hook = getattr(owner, "_hf_hook", None)
+                    waits = getattr(hook, "execution_device", None)
+                    place = place if waits is None else waits  # GPU 0 is the number 0
+                devices[index] = _device(place)
                 break
     if sorted(devices) != list(range(len(devices))) or not devices:
         raise ValueError(

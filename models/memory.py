@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-from retro_ops.wave_buffer import ON_HOST
+from retro_ops import wave_buffer
 
 GIB = 1 << 30
 HOST = "host"
 """The name of the host's memory, beside "cuda:0" and so on."""
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -41,26 +38,16 @@ def in_gib(bytes_: int) -> str:
 
 
 def free_memory() -> Memory:
-    """What can be allocated now, on all GPUs that are in sight and on the host.
-
-    Of a GPU: what the driver has, and what torch's allocator holds without using it. Of the host:
-    Linux' MemAvailable, or less where a control group has less.
-    """
-    devices = tuple(_free_on_gpu(index) for index in range(torch.cuda.device_count()))
-    return Memory(free_on(torch.device("cpu")), devices)
+    """What can be allocated now, on all GPUs that are in sight and on the host."""
+    gpus = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    return Memory(free_on(torch.device("cpu")), tuple(map(free_on, gpus)))
 
 
 def free_on(device: torch.device) -> int:
     """The same of one device only: asking a GPU takes some of its memory for a CUDA context."""
-    if device.type != "cuda":
-        available = psutil.virtual_memory().available
-        return min(available, _free_in_cgroup(CGROUP, available))
-    return _free_on_gpu(torch.cuda.current_device() if device.index is None else device.index)
-
-
-def _free_on_gpu(index: int) -> int:
-    unused = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
-    return torch.cuda.mem_get_info(index)[0] + unused
+    if device.type == "cuda":
+        return wave_buffer.free_device_bytes(device)
+    return wave_buffer.free_host_bytes()
 
 
 def place_of(device: torch.device) -> str:
@@ -86,16 +73,12 @@ def layer_bytes(layer: Any, keys: Tensor, values: Tensor) -> dict[str, int]:
             for tokens in (keys, values)
         )
     )
-    if twin.is_sliding:
-        buffers = {"keys": twin.keys, "values": twin.values}
-    else:
-        buffers = dict(twin.retro.named_buffers())
-    return {name: buffer.nbytes for name, buffer in buffers.items()}
+    return {name: buffer.nbytes for name, buffer in twin.named_buffers().items()}
 
 
 def host_buffers(layer: Any) -> tuple[str, ...]:
     """Names of the buffers of a layer on a GPU that are in the host's memory."""
-    return ON_HOST if getattr(layer, "offload_store", False) else ()
+    return wave_buffer.ON_HOST if getattr(layer, "offload_store", False) else ()
 
 
 def check_cache(
@@ -132,18 +115,3 @@ def check_cache(
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors; one that comes twice counts once."""
     return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
-
-
-def _free_in_cgroup(root: Path, otherwise: int) -> int:
-    """Bytes that this process' control group (version 2) may still take."""
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        statistics = (root / "memory.stat").read_text().split()
-    except FileNotFoundError:  # another system, or no control group with a limit
-        return otherwise
-    if limit == "max":
-        return otherwise
-    # Files that the kernel keeps in memory count as used, and go when memory is needed.
-    files = dict(zip(statistics[::2], statistics[1::2], strict=True)).get("inactive_file", "0")
-    return max(int(limit) - used + int(files), 0)

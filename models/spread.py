@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from retro_ops.models.load import remove_moves
+
 
 class Stage(nn.Module):
     """Consecutive decoder layers of one device; stands for them in the model's list of layers.
@@ -66,7 +68,8 @@ def spread(
 ) -> PreTrainedModel:
     """Lays a model's layers on several devices, in place, and compiles each device's share.
 
-    A model that accelerate has laid out (`device_map`) stays as it lies; its hooks are replaced.
+    A model that `load_model` or accelerate has laid out (`device_map`) stays as it lies, if there
+    are no `devices` and no `layers`; hooks that move its inputs are replaced.
     Embeddings go to the first device, the head to the last, or to the first where it shares its
     weights with the embeddings. A RetroCache needs nothing: each of its layers lives where its keys
     are made. `generate` takes the model as it is; give it `disable_compile=True`, since the steps
@@ -82,7 +85,8 @@ def spread(
         `model`.
 
     Raises:
-        ValueError: the layers are of several kinds, or `devices` and `layers` do not fit them.
+        ValueError: the layers are of several kinds, weights wait on the CPU or on disk, or
+            `devices` and `layers` do not fit the layers.
     """
     decoder = model.base_model
     found = getattr(decoder, "layers", None)
@@ -98,8 +102,16 @@ def spread(
             f"spread needs layers of one kind, {type(model).__name__} has "
             f"{' and '.join(sorted(kinds))}"
         )
+    waiting = next((name for name, each in model.named_parameters() if each.is_meta), None)
+    if waiting is not None:
+        raise ValueError(
+            f"spread needs all weights on their devices, {waiting} waits elsewhere to be copied "
+            "for each step; load the model on more or larger devices"
+        )
     placed = _places(list(found), devices, layers)
-    _remove_hooks(model)
+    remove_moves(model)
+    if hasattr(model, "hf_device_map"):
+        del model.hf_device_map  # by names that the layers do not have any more
     stages = [Stage(own.to(device), device, compiled) for device, own in placed]
     first, last = stages[0].device, stages[-1].device
     head = model.get_output_embeddings()
@@ -113,7 +125,7 @@ def spread(
     if not tied:
         for module in behind:
             module.to(last)
-    for module in (*behind, *([] if head is None else [head])):
+    for module in (model.get_input_embeddings(), *behind, *([] if head is None else [head])):
         module.register_forward_pre_hook(_follow_weights, with_kwargs=True)
     return model
 
@@ -145,14 +157,6 @@ def _places(
     ]
 
 
-def _remove_hooks(model: PreTrainedModel) -> None:
-    if getattr(model, "hf_device_map", None) is None:
-        return
-    from accelerate.hooks import remove_hook_from_submodules
-
-    remove_hook_from_submodules(model)
-
-
 def _follow_weights(module: nn.Module, args: Any, kwargs: Any) -> Any:
     return _to((args, kwargs), next(module.parameters()).device)
 
@@ -160,7 +164,8 @@ def _follow_weights(module: nn.Module, args: Any, kwargs: Any) -> Any:
 def _to(value: Any, device: torch.device) -> Any:
     """Tensors moved, in tuples, lists and dictionaries; anything else (a cache, say) stays."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        # Nothing would wait for a copy to the CPU.
+        return value.to(device, non_blocking=device.type != "cpu")
     if isinstance(value, (tuple, list)):
         return type(value)(_to(item, device) for item in value)
     if isinstance(value, dict):

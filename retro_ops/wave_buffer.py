@@ -10,6 +10,7 @@ GPU sees as its own.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 NAMES = ("pages", "page_table", "free_pages", "decisions", "requests", "cached", "history")
 ON_HOST = ("store", "decisions", "requests", "cached", "history")
 """Of an offloaded layer on a GPU, what is host memory."""
+MEMINFO = Path("/proc/meminfo")
+CGROUPS = Path("/sys/fs/cgroup")
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -144,15 +147,19 @@ def free_device_bytes(device: torch.device) -> int:
 
 
 def free_host_bytes() -> int:
-    """Bytes of host memory that this process can still get: the machine's, or its cgroup's."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    """Bytes of host memory that this process can still get: the machine's, or its cgroup's.
+
+    Where the system is not Linux, all memory of the machine.
+    """
+    if not MEMINFO.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
     free = 1024 * int(meminfo["MemAvailable"].split()[0])
     return min([free, *_free_in_cgroups()])
 
 
 def _free_in_cgroups() -> Iterator[int]:
     """What cgroups leave this process, where they limit memory; file caches count as free."""
-    root = Path("/sys/fs/cgroup")
     for limit, usage, stat, cached in (
         ("memory.max", "memory.current", "memory.stat", "inactive_file"),
         (
@@ -163,9 +170,9 @@ def _free_in_cgroups() -> Iterator[int]:
         ),
     ):
         try:
-            most = (root / limit).read_text().strip()
-            used = int((root / usage).read_text())
-            stats = dict(line.split() for line in (root / stat).read_text().splitlines())
+            most = (CGROUPS / limit).read_text().strip()
+            used = int((CGROUPS / usage).read_text())
+            stats = dict(line.split() for line in (CGROUPS / stat).read_text().splitlines())
         except OSError:  # there is no such group
             continue
         if most != "max":
