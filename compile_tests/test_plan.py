@@ -253,8 +253,9 @@ def test_info_prints_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     figures = json.loads(file.read_text())
     assert figures["fits"]
     # Beside the store what the threads of the page cache read and write.
-    assert set(figures["bytes"][HOST]) == {"KV store", "page cache"}
-    assert figures["total_bytes"][HOST] == sum(figures["bytes"][HOST].values())
+    on_host = figures["bytes"][HOST]
+    assert set(on_host) == {"KV store", "page cache"}
+    assert figures["total_bytes"][HOST] == sum(on_host.values())
     assert figures["there_bytes"] == {"cuda:0": 79 * GIB, HOST: 128 * GIB}
     assert figures["largest_batch"] >= 2
     assert figures["longest_context"] >= 120000
