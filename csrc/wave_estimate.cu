@@ -26,7 +26,7 @@ struct ScoreParams {
   bool use_variance;
   float scale;
   float* log2_mass;  // [B * Hkv, C, G]; -inf: no tokens, or not live
-  float* ranked;     // the same of one token of the cluster
+  float* ranked;     // the same without sizes, for the paper's ranking; else nullptr
   float2*
       sums;  // [B * Hkv, blocks, G]: largest ranked logit (base 2), sum of the others relative to it
   int32_t* tickets;
@@ -257,28 +257,29 @@ __global__ void __launch_bounds__(
       for (int i = 0; i < 2; ++i) {
         const int c = first + t * kScoreWarps * kTileClusters + r + 8 * i;
         const int32_t size = c < live && c < clusters ? sizes[i] : 0;
-        const float log2_size = log2_of(static_cast<float>(size));
-        float token[2], mass[2];
+        float plain[2], mass[2];
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
           float& logit = logits[n][2 * i + x];
-          const float weight = 1.0f + variances[i] * spread[n][x];
-          token[x] = size > 0 ? logit * scale2 + log2_of(weight) : -INFINITY;
-          mass[x] = size > 0 ? token[x] + log2_size : -INFINITY;
-          logit = token[x];
+          const float weight = static_cast<float>(size) * (1.0f + variances[i] * spread[n][x]);
+          plain[x] = size > 0 ? logit * scale2 : -INFINITY;
+          mass[x] = size > 0 ? logit * scale2 + log2_of(weight) : -INFINITY;
+          logit = params.use_variance ? mass[x] : plain[x];
         }
         if (c >= clusters || query >= queries) continue;
         const int64_t at = (task * params.clusters + c) * groups + first_query + query;
         if (pairs) {
           *reinterpret_cast<float2*>(params.log2_mass + at) = make_float2(mass[0], mass[1]);
-          *reinterpret_cast<float2*>(params.ranked + at) = make_float2(token[0], token[1]);
+          if (params.ranked != nullptr) {
+            *reinterpret_cast<float2*>(params.ranked + at) = make_float2(plain[0], plain[1]);
+          }
           continue;
         }
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
           if (query + x >= queries) continue;
           params.log2_mass[at + x] = mass[x];
-          params.ranked[at + x] = token[x];
+          if (params.ranked != nullptr) params.ranked[at + x] = plain[x];
         }
       }
 #pragma unroll
@@ -382,7 +383,8 @@ ChoiceSpace reserve_choice(
   space.log2_mass = workspace.reserve<float>(tasks * params.clusters * params.groups);
   space.tail =
       workspace.reserve<uint32_t>(params.use_variance ? tasks * ceil_div(params.clusters, 32) : 0);
-  space.ranked = workspace.reserve<float>(tasks * params.clusters * params.groups);
+  space.ranked =
+      workspace.reserve<float>(params.use_variance ? 0 : tasks * params.clusters * params.groups);
   space.sums =
       workspace.reserve<float2>(tasks * score_block_count(params.clusters, 1) * params.groups);
   space.select = reserve_select(launch, workspace, select_params(params));
@@ -418,7 +420,7 @@ void choose(
   score.use_variance = params.use_variance;
   score.scale = params.scale;
   score.log2_mass = choice.log2_mass;
-  score.ranked = workspace.at<float>(space.ranked);
+  score.ranked = params.use_variance ? nullptr : workspace.at<float>(space.ranked);
   score.sums = workspace.at<float2>(space.sums);
   score.tickets = choice.tickets;
   score.ticket_count = choice.ticket_count;
@@ -426,7 +428,7 @@ void choose(
 
   SelectParams select = select_params(params);
   select.score_blocks = score_block_count(params.clusters, score.warp_tiles);
-  select.ranked = score.ranked;
+  select.ranked = params.use_variance ? score.log2_mass : score.ranked;
   select.sums = score.sums;
   select.choice = choice;
   select_clusters(launch, workspace, space.select, select);

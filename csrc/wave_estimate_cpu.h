@@ -2,8 +2,8 @@
 //
 // With logit_gi = scale q_g . c_i, cluster i has for query g the estimated mass
 //   mass_gi = size_i (1 + v_gi) exp(logit_gi),   v_gi = scale^2 / 2 variance_i sum_d q_gd^2 residual_d,
-// residual normalised to sum to 1 (v = 0 for the paper's estimator). Clusters rank by mass / size, relative
-// to the row's total, summed over the G queries of a KV head.
+// residual normalised to sum to 1 (v = 0 for the paper's estimator). Clusters rank by the mass relative
+// to the row's total, summed over the G queries of a KV head; the paper ranks by exp(logit) alone.
 // The tail, clusters neither retrieved nor estimated, counts with its mass at the mean of all values; the
 // paper has none.
 
@@ -130,8 +130,7 @@ inline floats variances_at(const float* variances, int64_t c, int64_t live) {
   return values;
 }
 
-// Logits become masses; the score of a cluster is the share of a token of it, summed over the queries of
-// the KV head.
+// Logits become masses; the score of a cluster is its share, summed over the queries of the KV head.
 template <typename T>
 inline void rank_clusters(
     const WaveEstimateParams& params, const WaveMemory<T>& memory, int64_t task, int64_t live) {
@@ -157,9 +156,10 @@ inline void rank_clusters(
     floats total{};
     for (int64_t c = 0; c < padded; c += kLanes) {
       const floats weight = exp_each(load(mass + c) - top);
-      // A token's mass: spread is 0 for the paper's estimator.
-      const floats ranked = weight * (variances_at(variances, c, live) * spread + 1.0f);
-      store(mass + c, ranked * sizes_at(offsets, c, live));
+      const floats size = sizes_at(offsets, c, live);
+      const floats estimated = weight * size * (variances_at(variances, c, live) * spread + 1.0f);
+      const floats ranked = params.use_variance ? estimated : weight;
+      store(mass + c, estimated);
       store(rank + c, ranked);
       total += ranked;
     }

@@ -34,7 +34,7 @@ def wave_estimate(
 
         mass_gi = s_i (1 + spread_gi) exp(scale q_g . k_i)
         spread_gi = scale^2 / 2 variances_i sum_d q_gd^2 totals_0d / sum_d totals_0d
-        score_i = sum over g of (mass_gi / s_i) / sum_j (mass_gj / s_j)
+        score_i = sum over g of mass_gi / sum_j mass_gj
         tail_g = sum over the tail of mass_gi    v_mean = totals_1 / indexed tokens of the row
         estimate_g = (sum_i mass_gi v_i + tail_g v_mean) / (sum_i mass_gi + tail_g)
         lse_g = log(sum_i mass_gi + tail_g)
@@ -42,14 +42,14 @@ def wave_estimate(
     where the clusters of a row are sorted by score: the first max(round(retrieval_budget C),
     min_retrieved_clusters) are retrieved, the next round(estimation_budget C), over which sum_i
     runs, are estimated, all others are the tail, and C are the live clusters of the row.
-    `estimator="mean"` has spread 0 and no tail, as in the paper. Ties go to the lower cluster, a
-    cluster without tokens comes last, and on a CPU a mass below e^-87 of the largest of its query
-    counts as 0.
+    `estimator="mean"` has spread 0 and no tail, and ranks by the softmax of scale q . k alone, as
+    the paper does. Ties go to the lower cluster, a cluster without tokens comes last, and on a CPU
+    a mass below e^-87 of the largest of its query counts as 0.
 
-    Source: RetroInfer (arXiv 2505.02922), sections 4.1 and 4.2; departs in the spread and
-    in the tail: exp is convex, so the centroid alone gives a lower bound of the mass (the paper's
-    eq. 3), and (1 + spread) is the log1p-damped second-order correction of it. The paper leaves the
-    tail out, as if it had no mass.
+    Source: RetroInfer (arXiv 2505.02922), sections 4.1 and 4.2; departs in ranking by mass, in the
+    spread and in the tail: exp is convex, so the centroid alone gives a lower bound of the mass
+    (the paper's eq. 3), and (1 + spread) is the log1p-damped second-order correction of it. The
+    paper leaves the tail out, as if it had no mass.
 
     Args:
         query: `[B, Hq, D]`, float32, bfloat16 or float16, any strides.
@@ -121,7 +121,7 @@ def reference_scores(
         per_variance = torch.where(total > 0, scale**2 / 2 * weighted / total, 0.0)
         spread = per_variance * variances.to(dtype)[:, :, None]
     log_mass = (logit + size.log() + spread.log1p()).masked_fill(~live, -torch.inf)
-    ranked = (logit + spread.log1p()).masked_fill(~live, -torch.inf)
+    ranked = log_mass if estimator == "variance" else logit.masked_fill(~live, -torch.inf)
     score = ranked.softmax(dim=-1).sum(dim=2).masked_fill(~live[:, :, 0], -1.0)
     return Scores(log_mass, score)
 
