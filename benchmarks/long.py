@@ -203,7 +203,8 @@ def run_model(
     logits, mean Kullback-Leibler divergence from dense to retro attention in nats, and how often
     both would choose the same token. `prompt_...` are of the same steps, had all tokens before them
     been a prompt. `growth_us` is the median of the steps in which the index of the first layer
-    grew; no two layers grow in the same step.
+    grew; no two layers grow in the same step. Models of random weights say nothing about fidelity:
+    their attention weighs noise.
 
     Args:
         model: on its device.

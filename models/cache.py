@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,7 @@ class RetroCacheLayer(CacheLayerMixin):
         self.retro: RetroLayer | None = None
         # Layers that still have no memory when this one gets its own, this one included.
         self.layers_to_come = 1
+        self.growth_delay = 0
         # A tensor, changed in place, so that positions do not recompile a step. It counts padding.
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
         # Tokens so far up to the last padding that is not at the beginning of a row.
@@ -136,6 +137,7 @@ class RetroCacheLayer(CacheLayerMixin):
                 device=key_states.device,
                 offload=self.offload_store,
                 _layers_to_come=self.layers_to_come,
+                _growth_delay=self.growth_delay,
             )
         self._allocate(retro)
 
@@ -595,8 +597,8 @@ class RetroCache(Cache):
 
     Args:
         config: the model's config.
-        retro_config: budgets and sizes; None: the defaults. The local window of each layer is one
-            token longer than that of the layer before it, so that indexes grow one after another.
+        retro_config: budgets and sizes; None: the defaults. The index of each layer grows one token
+            later than that of the layer before it, so that no two grow in the same step.
         max_cache_len: tokens that a row can hold, prompt and generated ones.
         batch_size: rows.
         offload: keep the KV stores in slow memory behind page caches; see `RetroLayer`. On a GPU
@@ -640,15 +642,11 @@ class RetroCache(Cache):
         # Some models have a window that none of their contexts fills: their layers see all tokens.
         longest = max(rope.longest_context(config) or max_cache_len, max_cache_len)
         layers: list[Any] = []
-        retro_layers = 0
         for kind in layer_types:
             if kind == "full_attention" or window >= longest:
-                # A layer keeps one token more than the one before it: no two grow in the same step.
-                local_tokens = self.retro_config.local_tokens + retro_layers
-                retro_layers += 1
                 layers.append(
                     RetroCacheLayer(
-                        replace(self.retro_config, local_tokens=local_tokens),
+                        self.retro_config,
                         num_query_heads=text_config.num_attention_heads,
                         batch_size=batch_size,
                         max_length=max_cache_len,
@@ -662,8 +660,9 @@ class RetroCache(Cache):
                 limit = max_cache_len if "full_attention" in layer_types else None
                 layers.append(SlidingCacheLayer(window, limit))
         super().__init__(layers=layers)
-        for place, layer in enumerate(reversed(self.retro_layers)):
-            layer.layers_to_come = place + 1
+        for place, layer in enumerate(self.retro_layers):
+            layer.layers_to_come = len(self.retro_layers) - place
+            layer.growth_delay = place
         self._model = _model_fields(config)
         self._offload = offload
         self._rows = batch_size

@@ -147,7 +147,7 @@ class Planner:
         }
         known: dict[tuple[Any, ...], dict[str, int]] = {}
         for layer, place, heads in zip(cache.layers, self._layer_places, self._heads, strict=True):
-            own = getattr(layer, "config", None), getattr(layer, "past", None)
+            own = getattr(layer, "growth_delay", None), getattr(layer, "past", None)
             kind = (type(layer), *own, heads)
             if kind not in known:
                 known[kind] = layer_bytes(layer, *self._tokens(heads, batch_size))

@@ -76,6 +76,7 @@ class RetroLayer(nn.Module):
         offload: bool = False,
         _policy: str = DEFAULT_POLICY,
         _layers_to_come: int = 1,
+        _growth_delay: int = 0,
     ) -> None:
         super().__init__()
         for name, number in (
@@ -109,6 +110,8 @@ class RetroLayer(nn.Module):
         self.max_length = max_length
         self.offload = offload
         self.policy = _policy
+        # Tokens by which the index grows later than it could: layers of a model take turns.
+        self.growth_delay = _growth_delay
         # Offloaded on a GPU: whether this layer's step is the device's last one in a CUDA graph.
         # Who captures several layers in one graph says which of them it is.
         self.joins = True
@@ -120,7 +123,7 @@ class RetroLayer(nn.Module):
         groups = (batch_size, num_kv_heads)
         buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "steady": (
-                (2, *groups, min(config.steady_capacity, max_length), head_dim),
+                (2, *groups, min(config.steady_capacity + _growth_delay, max_length), head_dim),
                 dtype,
             ),
             "store": ((2, *groups, tokens, head_dim), dtype),
@@ -384,6 +387,7 @@ class RetroLayer(nn.Module):
             device=self.store.device,
             offload=self.offload,
             _policy=self.policy,
+            _growth_delay=self.growth_delay,
         )
         twin.joins = self.joins
         for name, buffer in self.named_buffers():

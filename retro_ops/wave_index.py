@@ -86,7 +86,7 @@ def grow(layer: RetroLayer) -> None:
         *layer.index,
         layer.counters,
         config.sink_tokens,
-        config.local_tokens,
+        config.local_tokens + layer.growth_delay,
         config.update_segment,
         config.cluster_size,
         config.kmeans_iterations,
