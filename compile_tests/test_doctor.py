@@ -45,9 +45,8 @@ def test_a_wrong_op_is_found(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if op == "grow_index":
         monkeypatch.setattr(doctor, "dense_attention", lambda query, *kv: query)
     else:
-        module = import_module(
-            "retro_ops.ops." + ("merged_attention" if op == "decode_attention" else op)
-        )
+        whole = ("decode_attention", "offloaded_attention")
+        module = import_module("retro_ops.ops." + ("merged_attention" if op in whole else op))
         true = module.reference
 
         def reference(*args: Any, **kwargs: Any) -> Any:

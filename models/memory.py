@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retro_ops import wave_buffer
+from retro_ops import RetroLayer
 
 GIB = 1 << 30
 HOST = "host"
@@ -45,9 +45,7 @@ def free_memory() -> Memory:
 
 def free_on(device: torch.device) -> int:
     """The same of one device only: asking a GPU takes some of its memory for a CUDA context."""
-    if device.type == "cuda":
-        return wave_buffer.free_device_bytes(device)
-    return wave_buffer.free_host_bytes()
+    return RetroLayer.free_bytes(device)
 
 
 def place_of(device: torch.device) -> str:
@@ -78,7 +76,7 @@ def layer_bytes(layer: Any, keys: Tensor, values: Tensor) -> dict[str, int]:
 
 def host_buffers(layer: Any) -> tuple[str, ...]:
     """Names of the buffers of a layer on a GPU that are in the host's memory."""
-    return wave_buffer.ON_HOST if getattr(layer, "offload_store", False) else ()
+    return RetroLayer.host_buffers if getattr(layer, "offload_store", False) else ()
 
 
 def check_cache(

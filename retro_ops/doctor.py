@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import retro_ops
-from retro_ops import RetroConfig, RetroLayer
+from retro_ops import RetroConfig, RetroLayer, wave_buffer
 from retro_ops._library import find_library
 from retro_ops.testing import (
     Arguments,
     cpu_kernel_sets,
     dense_attention,
+    host_copy,
     make_kv,
     make_query,
     on_device,
@@ -193,11 +194,17 @@ def _recorded() -> dict[str, list[Arguments]]:
                     keys[:, :, token],
                     values[:, :, token],
                 )
-    # A layer on a GPU has one op for three of these.
+    # A layer on a GPU has one op for three of these, or for four of an offloaded one.
+    gathers, updates = iter(calls["page_gather"]), iter(calls["update_pages"])
     for estimate, attend in zip(calls["wave_estimate"], calls["merged_attention"], strict=True):
+        both = {"steady": attend["steady"], "store": attend["store"]}
         if attend.get("pages") is None:
-            both = {"steady": attend["steady"], "store": attend["store"]}
             calls["decode_attention"].append({**estimate, **both})
+            continue
+        gather, update = next(gathers), next(updates)
+        whole = {**gather, **estimate, **both, "history": update["history"]}
+        del whole["retrieved"]
+        calls["offloaded_attention"].append({**whole, "policy": update["policy"], "join": True})
     return {op: made[:2] + made[-2:] for op, made in calls.items()}
 
 
@@ -208,11 +215,16 @@ def _tried(op: str, calls: list[Arguments], device: str) -> str:
     try:
         if op in ("decode_attention", "grow_index"):
             return _tried_whole(device) or (_tried_fused(calls, device) if op[0] == "d" else "")
+        if op == "offloaded_attention":
+            return _tried_offloaded(calls, device)
         reference = import_module(f"retro_ops.ops.{op}").reference
         for arguments in calls:
-            actual, expected = on_device(arguments, device), on_device(arguments, "cpu")
+            actual, expected = _given(op, arguments, device), on_device(arguments, "cpu")
             known = inspect.signature(reference).parameters
             got = getattr(torch.ops.retro, op)(**actual)
+            if device == "cuda" and op == "update_pages":  # threads of the host do it
+                torch.cuda.synchronize()
+                torch.ops.retro.worker_pool(10.0)
             wanted = reference(**{key: expected[key] for key in expected if key in known})
             problem = _difference(
                 {**_results(got), **_changed(actual)}, {**_results(wanted), **_changed(expected)}
@@ -222,6 +234,16 @@ def _tried(op: str, calls: list[Arguments], device: str) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""
+
+
+def _given(op: str, arguments: Arguments, device: str) -> Arguments:
+    """Arguments on a device; what threads of the host read or write where both see it."""
+    given = on_device(arguments, device)
+    if device == "cuda" and op in ("update_pages", "offloaded_attention"):
+        for name in wave_buffer.ON_HOST:
+            if name in given:
+                given[name] = host_copy(arguments[name], device)
+    return given
 
 
 def _tried_fused(calls: list[Arguments], device: str) -> str:
@@ -238,6 +260,30 @@ def _tried_fused(calls: list[Arguments], device: str) -> str:
             *(steady, store, addresses, whole["counters"], out.float(), lse.float(), scale),
         )
         got = torch.ops.retro.decode_attention(**on_device(arguments, device))
+        problem = _difference({"out": got.cpu()}, {"out": wanted})
+        if problem:
+            return problem
+    return ""
+
+
+def _tried_offloaded(calls: list[Arguments], device: str) -> str:
+    """`offloaded_attention` against the references of the ops that make its result."""
+    ops = ("wave_estimate", "page_gather", "merged_attention")
+    references = [import_module(f"retro_ops.ops.{op}").reference for op in ops]
+    for arguments in calls:
+        whole = on_device(arguments, "cpu")
+        known = [
+            {name: whole[name] for name in inspect.signature(each).parameters if name in whole}
+            for each in references
+        ]
+        retrieved, estimate, lse = references[0](**known[0])
+        addresses = references[1](**known[1], retrieved=retrieved)
+        wanted, _ = references[2](
+            **known[2], addresses=addresses, estimate=estimate.float(), estimate_lse=lse.float()
+        )
+        got = torch.ops.retro.offloaded_attention(
+            **_given("offloaded_attention", arguments, device)
+        )
         problem = _difference({"out": got.cpu()}, {"out": wanted})
         if problem:
             return problem

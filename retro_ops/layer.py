@@ -62,6 +62,9 @@ class RetroLayer(nn.Module):
     cached: Tensor  # [B, Hkv, C] uint8
     history: Tensor  # [B, Hkv, C + 1, 2] int64
 
+    host_buffers = wave_buffer.ON_HOST
+    """Names of the buffers that are memory of the host where a layer on a GPU is offloaded."""
+
     def __init__(
         self,
         config: RetroConfig,
@@ -149,6 +152,13 @@ class RetroLayer(nn.Module):
             self.register_buffer(name, buffer)
         if offload:
             wave_buffer.clear(self)
+
+    @staticmethod
+    def free_bytes(device: torch.device) -> int:
+        """Bytes that can be allocated now: on a GPU, or for any other device on the host."""
+        if device.type == "cuda":
+            return wave_buffer.free_device_bytes(device)
+        return wave_buffer.free_host_bytes()
 
     @property
     def index(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
