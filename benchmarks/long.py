@@ -35,8 +35,11 @@ COLUMNS = (
 MODEL_COLUMNS = (
     *("model", "dtype", "batch", "tokens", "ms", "us", "us_20", "us_80", "growth_us", "updates"),
     *("graphs", "error", "kl", "top1", "prompt_error", "prompt_kl", "prompt_top1"),
+    *("first_us", "last_us"),
 )
 CHECKED_STEPS = 64
+SPARE = 64
+"""Steps behind the answer, by which its speed is compared with that at its beginning."""
 
 
 def decode(layer: RetroLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -204,7 +207,8 @@ def run_model(
     both would choose the same token. `prompt_...` are of the same steps, had all tokens before them
     been a prompt. `growth_us` is the median of the steps in which the index of the first layer
     grew; no two layers grow in the same step. Models of random weights say nothing about fidelity:
-    their attention weighs noise.
+    their attention weighs noise. In the last row `first_us` and `last_us` are steps right after the
+    prompt and at the end of the answer, timed in turn.
 
     Args:
         model: on its device.
@@ -232,7 +236,7 @@ def run_model(
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
     decoder = Decoder(
-        model, "retro", batch_size=rows, max_length=tokens, config=config, compile_step=True
+        model, "retro", batch_size=rows, max_length=tokens + SPARE, config=config, compile_step=True
     )
     assert isinstance(decoder.cache, RetroCache)
     decoder.prefill(ids[:, :prompt])
@@ -256,7 +260,7 @@ def run_model(
         # The first step of all compiles, the next ones record the graph.
         steps = [1e6 * s for s in decoder.step_seconds[first_step + (5 if end == ends[0] else 0) :]]
         timing = Timing.of(steps)
-        fresh = Decoder(model, "retro", batch_size=rows, max_length=tokens, config=config)
+        fresh = Decoder(model, "retro", batch_size=rows, max_length=tokens + SPARE, config=config)
         fresh.prefill(ids[:, : end - CHECKED_STEPS])
         as_prompt = [
             fresh.step(ids[:, t, None]).float().cpu() for t in range(end - CHECKED_STEPS, end)
@@ -281,9 +285,28 @@ def run_model(
             "updates": updates // rows,
             "graphs": counters["stats"]["unique_graphs"] - before,
             **fidelity,
+            **(_in_turn(decoder, model, ids, prompt, config) if end == tokens else {}),
             **facts,
         }
         logits, growth = [], []
+
+
+def _in_turn(
+    decoder: Decoder, model: PreTrainedModel, ids: Tensor, prompt: int, config: RetroConfig
+) -> dict[str, float]:
+    """Microseconds of steps now, and of steps right after the prompt, one after the other."""
+    rows, tokens = ids.shape
+    start = Decoder(
+        model, "retro", batch_size=rows, max_length=tokens + SPARE, config=config, compile_step=True
+    )
+    start.prefill(ids[:, :prompt])
+    for t in range(SPARE):
+        decoder.step(ids[:, t, None])
+        start.step(ids[:, t, None])
+    now, then = (
+        Timing.of([1e6 * s for s in each.step_seconds[-SPARE // 2 :]]) for each in (decoder, start)
+    )
+    return {"last_us": now.median_us, "first_us": then.median_us}
 
 
 def _fidelity(logits: Tensor, dense: Tensor) -> dict[str, float]:

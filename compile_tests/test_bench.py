@@ -102,6 +102,7 @@ def test_bench_long_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert 0 < row[f"{kind}error"] < 0.1
             assert abs(row[f"{kind}kl"]) < 1e-3
             assert row[f"{kind}top1"] > 0.9
+    assert 0 < rows[-1]["first_us"] < 100 * rows[-1]["last_us"]
     # Without growth in between, both are the same prompt and steps.
     assert rows[0]["error"] == pytest.approx(rows[0]["prompt_error"], rel=0.1)
     capsys.readouterr()
