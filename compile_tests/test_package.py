@@ -148,7 +148,8 @@ def test_version_stands_in_one_place() -> None:
     places = [
         path.relative_to(ROOT)
         for path in code
-        if path.relative_to(ROOT).parts[0] in (*ROOMS, "csrc", "compile_tests", "setup.py")
+        if path.relative_to(ROOT).parts[0]
+        in (*ROOMS, "csrc", "compile_tests", "examples", "setup.py")
         and f'"{version}"' in path.read_text("utf-8")
     ]
     assert places == []
@@ -254,7 +255,7 @@ def installed_name(path: Path) -> str:
 # Every source file by the module that it becomes.
 MODULES = {
     installed_name(path): path
-    for room in (*ROOMS, "compile_tests")
+    for room in (*ROOMS, "compile_tests", "examples")
     for path in sorted((ROOT / room).rglob("*.py"))
 }
 MODULES["setup"] = ROOT / "setup.py"
@@ -263,7 +264,8 @@ MODULES["setup"] = ROOT / "setup.py"
 def room_of(module: str) -> str:
     first, _, rest = module.partition(".")
     if first != "retro_ops":
-        return {"compile_tests": "tests", "setup": "build"}.get(first, "third party")
+        own = {"compile_tests": "tests", "examples": "examples", "setup": "build"}
+        return own.get(first, "third party")
     second = rest.partition(".")[0]
     if second in ("ops", "models", "benchmarks"):
         return second
@@ -305,7 +307,10 @@ def complaint(module: str, name: str, on_import: bool) -> str | None:
         return f"it is installed as retro_ops.{top}"
     if top == "compile_tests" and room != "tests":
         return "nobody imports tests"
-    if top == "transformers" and room not in ("models", "benchmarks", "tests", "commands"):
+    if top == "examples":
+        return "nobody imports examples"
+    users = ("models", "benchmarks", "examples", "tests", "commands")
+    if top == "transformers" and room not in users:
         return "transformers belongs to models and benchmarks"
     if room in ("tests", "commands", "build"):
         return None
@@ -314,6 +319,9 @@ def complaint(module: str, name: str, on_import: bool) -> str | None:
     if room == "models" and room_of(target) not in ("models", "third party"):
         public = {f"retro_ops.{public}" for public in retro_ops.__all__}
         return None if name in public or name == "retro_ops" else "models use public names only"
+    if room == "examples" and room_of(target) not in ("models", "third party"):
+        public = {f"retro_ops.{public}" for public in retro_ops.__all__}
+        return None if name in public else "examples use public names only"
     if room in ("ops", "core"):
         return complaint_inside(module, room, name, target, on_import)
     return None
@@ -362,6 +370,9 @@ def test_room_imports_what_it_may(module: str) -> None:
         ("retro_ops.ops.grow_index", "from retro_ops.ops import pack_clusters", "one another"),
         ("retro_ops.models.cache", "from retro_ops.layer import RetroLayer", "public names"),
         ("retro_ops.models.cache", "from retro_ops.benchmarks import ruler", "only the commands"),
+        ("examples.hit_ratio", "from retro_ops.layer import RetroLayer", "public names"),
+        ("examples.hit_ratio", "from retro_ops.benchmarks import buffer", "only the commands"),
+        ("compile_tests.test_x", "import examples.hit_ratio", "nobody imports examples"),
     ],
 )
 def test_room_rules_find(module: str, source: str, why: str, tmp_path: Path) -> None:
@@ -402,7 +413,7 @@ def test_room_rules_allow(module: str, source: str, tmp_path: Path) -> None:
 )
 def test_document_names_files_that_exist(document: str) -> None:
     text = (ROOT / document).read_text("utf-8")
-    rooms = "|".join((*ROOMS, "csrc", "compile_tests", r"\.ci"))
+    rooms = "|".join((*ROOMS, "csrc", "compile_tests", "examples", r"\.ci"))
     paths = re.findall(rf"`((?:{rooms})/[\w./*-]*)`", text)
     assert [path for path in paths if not any(ROOT.glob(path.rstrip("/")))] == []
 
