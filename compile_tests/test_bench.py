@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from retro_ops import RetroConfig, RetroLayer, cli
+from retro_ops import RetroConfig, RetroLayer, cli_bench
 from retro_ops.benchmarks import throughput
 from retro_ops.benchmarks.prefill import make_model
 from retro_ops.benchmarks.timing import Timing, time_in_turn
@@ -352,7 +352,7 @@ def test_bench_prefill(tmp_path: Path) -> None:
 
 
 def test_bench_shapes_are_those_of_models() -> None:
-    assert list(cli.SHAPES) == list(SHAPES)
+    assert list(cli_bench.SHAPES) == list(SHAPES)
 
 
 def test_bench_memory_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -269,7 +269,7 @@ def room_of(module: str) -> str:
     second = rest.partition(".")[0]
     if second in ("ops", "models", "benchmarks"):
         return second
-    return "commands" if second in ("cli", "__main__") else "core"
+    return "commands" if second in ("cli", "cli_bench", "cli_parts", "__main__") else "core"
 
 
 def imports(module: str, path: Path) -> list[tuple[int, str, bool]]:

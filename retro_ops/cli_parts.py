@@ -1,0 +1,198 @@
+"""What the commands share: parsers of arguments, options, and how figures are shown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from retro_ops.config import RetroConfig
+
+# Headings of columns of words.
+LEFT = (
+    *("task", "group", "metric", "attention", "dtype", "keys", "shape", "trace", "policy", "part"),
+    *("source", "estimator", "model", "text", "changed", "variant", "note", "wrong"),
+)
+ATTENTIONS = ("dense", "retro")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(low: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `low` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} on, got {text!r}")
+        return value
+
+    return parse
+
+
+def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """A parser of a list of names with commas."""
+
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        unknown = [name for name in chosen if name not in allowed]
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"must be names out of {','.join(allowed)}, got {unknown[0]!r}"
+            )
+        return list(dict.fromkeys(chosen))
+
+    return parse
+
+
+def numbers(text: str) -> list[int]:
+    """A parser of a list of whole numbers from 1 on, with commas."""
+    return [number(1)(part) for part in text.split(",")]
+
+
+def fractions(text: str) -> list[float]:
+    """A parser of a list of numbers in 0..1, with commas."""
+    parsed = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= 1:
+            raise argparse.ArgumentTypeError(f"must be numbers in 0..1, got {part!r}")
+        parsed.append(value)
+    return parsed
+
+
+def dtype_name(text: str) -> str:
+    """A parser of dtypes by their full or short names; argparse refuses others."""
+    return SHORT_DTYPES.get(text, text)
+
+
+def device(text: str) -> str:
+    """A parser of devices that are there."""
+    kind, _, index = text.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
+    if not there or (index and not (index.isdecimal() and int(index) < there)):
+        kinds = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(kinds)}, got {text!r}")
+    return text
+
+
+def new_file(text: str) -> Path:
+    """A parser of files to write: refused before the work, not after it."""
+    path = Path(text)
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: no such folder, or a folder")
+    return path
+
+
+def add_command(commands: Any, name: str, run: Any, help_: str) -> Parser:
+    parser: Parser = commands.add_parser(
+        name,
+        help=help_,
+        description=help_,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=run, prog=parser.prog)
+    return parser
+
+
+def add_device(parser: Parser) -> None:
+    parser.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
+
+
+def add_json(parser: Parser) -> None:
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the figures")
+
+
+def add_budgets(parser: Parser) -> None:
+    default = RetroConfig()
+    group = parser.add_argument_group("retro attention")
+    group.add_argument("--retrieval-budget", type=float, default=default.retrieval_budget)
+    group.add_argument("--estimation-budget", type=float, default=default.estimation_budget)
+    group.add_argument("--min-retrieved-clusters", type=int, default=default.min_retrieved_clusters)
+    group.add_argument("--estimator", default=default.estimator, help="variance or mean")
+
+
+def budgets(options: argparse.Namespace) -> RetroConfig:
+    return RetroConfig(
+        retrieval_budget=options.retrieval_budget,
+        estimation_budget=options.estimation_budget,
+        min_retrieved_clusters=options.min_retrieved_clusters,
+        estimator=options.estimator,
+    )
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    """The device that was asked for, else a GPU if there is one."""
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def dtype_of(options: argparse.Namespace) -> str:
+    """The name of the dtype that was asked for, else of the one that models have on the device."""
+    named: str | None = options.dtype
+    return named or ("float32" if str(device_of(options)) == "cpu" else "bfloat16")
+
+
+def write_json(path: Path | None, figures: Any) -> None:
+    if path is None:
+        return
+    path.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+
+
+def print_table(title: str, columns: dict[str, list[str]]) -> None:
+    """A table; without lines and colours where standard output is not a terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE if console.is_terminal else None
+    )
+    for heading in columns:
+        table.add_column(
+            heading,
+            justify="left" if heading in LEFT else "right",
+        )
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    console.print(table)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error if that is a terminal, else nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading weights: it would write into a pipe
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("")
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield progress
