@@ -19,7 +19,14 @@ from torch import Tensor
 
 from retro_ops import RetroConfig, RetroLayer, page_gather, update_pages, wave_buffer
 from retro_ops.benchmarks import machine
-from retro_ops.benchmarks.decode import HEAD_DIM, KV_HEADS, QUERIES, QUERY_HEADS, make_rows
+from retro_ops.benchmarks.decode import (
+    HEAD_DIM,
+    KV_HEADS,
+    QUERIES,
+    QUERY_HEADS,
+    make_layer,
+    make_rows,
+)
 from retro_ops.benchmarks.timing import L2_BYTES, Timing, time_in_turn
 from retro_ops.models import RetroCache, load_model, load_tokenizer
 from retro_ops.models.prose import prose
@@ -261,17 +268,7 @@ def decode_layer(
     """
     keys, values = make_rows(rows, tokens, "clustered", torch.bfloat16, torch.device("cpu"))
     layers = {
-        offload: RetroLayer(
-            config,
-            batch_size=rows,
-            num_query_heads=QUERY_HEADS,
-            num_kv_heads=KV_HEADS,
-            head_dim=HEAD_DIM,
-            max_length=tokens + 1024,
-            dtype=keys.dtype,
-            offload=offload,
-            _policy=policy,
-        )
+        offload: make_layer(config, keys, offload=offload, _policy=policy)
         for offload in (False, True)
     }
     layers[False].prefill(keys[:, :, :-1], values[:, :, :-1])
@@ -334,19 +331,7 @@ def decode_layers_on_gpu(
     count = max(ROWS_IN_A_GRAPH // rows, 1)
     layers = {
         offload: [
-            RetroLayer(
-                config,
-                batch_size=rows,
-                num_query_heads=QUERY_HEADS,
-                num_kv_heads=KV_HEADS,
-                head_dim=HEAD_DIM,
-                max_length=tokens + 1024,
-                dtype=keys.dtype,
-                device=device,
-                offload=offload,
-                _policy=policy,
-                _layers_to_come=count - place,
-            )
+            make_layer(config, keys, offload=offload, _policy=policy, _layers_to_come=count - place)
             for place in range(count)
         ]
         for offload in (False, True)

@@ -8,7 +8,7 @@ import importlib.util
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,8 +137,17 @@ def make_rows(
     return keys, values
 
 
-def make_layer(config: RetroConfig, keys: Tensor, *, spare_tokens: int = 1024) -> RetroLayer:
-    """A layer with room for `keys` `[B, Hkv, T, D]` and some tokens more."""
+def make_layer(
+    config: RetroConfig, keys: Tensor, *, spare_tokens: int = 1024, **kwargs: Any
+) -> RetroLayer:
+    """A layer with room for `keys` `[B, Hkv, T, D]` and some tokens more.
+
+    Args:
+        config: budgets and sizes.
+        keys: of its shape, dtype and device.
+        spare_tokens: more than there are keys.
+        **kwargs: for the layer.
+    """
     return RetroLayer(
         config,
         batch_size=keys.shape[0],
@@ -148,6 +157,7 @@ def make_layer(config: RetroConfig, keys: Tensor, *, spare_tokens: int = 1024) -
         max_length=keys.shape[2] + spare_tokens,
         dtype=keys.dtype,
         device=keys.device,
+        **kwargs,
     )
 
 

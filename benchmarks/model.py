@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine
 from retro_ops.benchmarks.prefill import make_model
-from retro_ops.benchmarks.timing import Timing, synchronize, time_steps
+from retro_ops.benchmarks.timing import Timing, clean, synchronize, time_steps
 from retro_ops.models import RetroCache
 from retro_ops.models.load import layer_devices
 from retro_ops.models.shapes import SHAPES
@@ -88,7 +87,7 @@ def run(
                             figure["ratio"] = dense_ms / figure["ms"]
                     yield [{**case, **figure, **facts} for figure in figures]
             del model  # before the next one is made
-            _clean(device)
+            clean(device)
 
 
 def _measure_or_say_why_not(
@@ -104,15 +103,7 @@ def _measure_or_say_why_not(
     except torch.OutOfMemoryError:
         return {"attention": attention, "note": "does not fit in memory"}
     finally:
-        _clean(model.device)
-
-
-def _clean(device: torch.device) -> None:
-    """Frees graphs, and the memory that they and a cache had."""
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+        clean(model.device)
 
 
 @torch.no_grad()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,9 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine
-from retro_ops.benchmarks.timing import synchronize, time_steps
+from retro_ops.benchmarks.timing import clean, synchronize, time_steps
 from retro_ops.models import RetroCache
-from retro_ops.models.shapes import SHAPES
+from retro_ops.models.shapes import SHAPES, first_layers
 
 COLUMNS = (
     *(
@@ -72,13 +70,9 @@ def run(
                         model = make_model(SHAPES[shape](), dtype, device)
                         figures |= _measure_whole(model, context, config, offloaded)
                         del model
-                except NotImplementedError as error:
-                    figures = {"note": str(error)}
                 except torch.OutOfMemoryError:
                     figures = {"note": "does not fit in memory"}
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+                clean(device)
                 yield {**case, **figures, **facts}
 
 
@@ -86,11 +80,7 @@ def make_model(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, layers: int | None = None
 ) -> PreTrainedModel:
     """A model of random weights, with all or its first layers, and retro attention."""
-    config = copy.deepcopy(config)
-    if layers is not None:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+    config = first_layers(config, layers)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="retro")
     return model.eval()
@@ -107,10 +97,7 @@ def measure_layer(
     """
     model.set_attn_implementation("retro")  # without a RetroCache that is torch's own
     device, layer = model.device, model.get_decoder().layers[0]
-    one = copy.deepcopy(model.config)
-    one.num_hidden_layers = 1
-    if getattr(one, "layer_types", None):
-        one.layer_types = one.layer_types[:1]
+    one = first_layers(model.config, 1)
     cache = RetroCache(one, config, max_cache_len=context, offload=offload)
     positions = torch.arange(context, device=device)[None]
     vocabulary = model.config.vocab_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,9 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine
 from retro_ops.benchmarks.model import fill_retro
-from retro_ops.benchmarks.timing import synchronize, time_steps
+from retro_ops.benchmarks.timing import clean, synchronize, time_steps
 from retro_ops.models import spread
-from retro_ops.models.shapes import SHAPES
+from retro_ops.models.shapes import SHAPES, first_layers
 
 COLUMNS = (
     *("shape", "layers", "dtype", "context", "batch", "devices", "offload", "ms", "ms_20", "ms_80"),
@@ -54,11 +53,7 @@ def run(
         rounds: timed steps.
     """
     facts = machine.facts(devices[0])
-    model_config = SHAPES[shape]()
-    if layers is not None:
-        model_config.num_hidden_layers = layers
-        if getattr(model_config, "layer_types", None):
-            model_config.layer_types = model_config.layer_types[:layers]
+    model_config = first_layers(SHAPES[shape](), layers)
     alone: dict[tuple[int, int], float] = {}
     for used in (list(devices[:1]), list(devices)):
         try:
@@ -84,7 +79,7 @@ def run(
                     figure["handover_percent"] = 100 * (1 - alone[tokens, rows] / ms)
                 yield [figure | facts]
         del model
-        _clear()
+        clean(devices[0])
 
 
 def make_model(
@@ -140,8 +135,7 @@ def _measure(
     except torch.OutOfMemoryError:
         return {"note": "does not fit in memory"}
     finally:
-        torch.compiler.reset()
-        _clear()
+        clean(devices[0])
     gib = [torch.cuda.max_memory_allocated(device) / 2**30 for device in gpus]
     return {
         "ms": timing.median_us / 1e3,
@@ -150,9 +144,3 @@ def _measure(
         "tokens_per_s": 1e6 * rows / timing.median_us,
         "gib": " ".join(f"{size:.1f}" for size in gib),
     }
-
-
-def _clear() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -8,8 +8,6 @@ number of rows; `bench model` measures that.
 
 from __future__ import annotations
 
-import copy
-import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +29,11 @@ from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine, prefill
 from retro_ops.benchmarks.buffer import import_pyplot
 from retro_ops.benchmarks.decode import check, dense_calls
-from retro_ops.benchmarks.timing import Timing, synchronize, time_in_turn
+from retro_ops.benchmarks.timing import Timing, clean, synchronize, time_in_turn
 from retro_ops.models import RetroCache
 from retro_ops.models.memory import Memory, bytes_of, free_memory
 from retro_ops.models.plan import CONTEXT_BYTES, LIBRARY_BYTES, Planner, largest
-from retro_ops.models.shapes import SHAPES
+from retro_ops.models.shapes import SHAPES, first_layers
 from retro_ops.ops._contract import Counter, cluster_count, retrieved_count
 from retro_ops.testing import make_kv
 
@@ -146,9 +144,9 @@ def run(
             everything += rows
             yield rows
             del study
-            _clean(device)
+            clean(device)
         del model
-        _clean(device)
+        clean(device)
     if plot is not None:
         draw(everything, plot)
 
@@ -176,7 +174,7 @@ def _best(
             return
         except torch.OutOfMemoryError:
             figure["note"] = "does not fit in memory"
-        _clean(study.device)
+        clean(study.device)
         figures.append(figure)
         done = [each for each in figures if "ms" in each]
         slower = len(done) > 1 and done[-1]["tokens_per_s"] < done[-2]["tokens_per_s"]
@@ -214,10 +212,7 @@ class _Study:
         self.head_dim = attention.head_dim
         self.heads = model.config.num_key_value_heads
         self.query_heads = model.config.num_attention_heads
-        self.one = copy.deepcopy(model.config)
-        self.one.num_hidden_layers = 1
-        if getattr(self.one, "layer_types", None):
-            self.one.layer_types = self.one.layer_types[:1]
+        self.one = first_layers(model.config, 1)
         self.row = make_kv(
             1, self.heads, tokens, self.head_dim, kind=kind, dtype=self.dtype, device=self.device
         )
@@ -230,7 +225,7 @@ class _Study:
         except (NotImplementedError, torch.OutOfMemoryError):
             return {}
         finally:
-            _clean(self.device)
+            clean(self.device)
         name = "dense_ms" if attention == "dense" else "layer_ms"
         return {"prefill_s": len(self.layers) * figures[name] / 1e3}
 
@@ -512,13 +507,6 @@ def _dense_attention(name: str, device: torch.device, dtype: torch.dtype) -> Cal
         return call(query, key, value).transpose(1, 2).contiguous(), None
 
     return attend
-
-
-def _clean(device: torch.device) -> None:
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

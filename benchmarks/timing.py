@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,6 +62,14 @@ def synchronize(device: torch.device) -> None:
     """Waits for a GPU to finish; a CPU has when a call returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def clean(device: torch.device) -> None:
+    """Frees graphs, and the memory that they and a cache had."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def time_steps(

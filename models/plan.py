@@ -39,7 +39,7 @@ from retro_ops.models.memory import (
     layer_bytes,
     place_of,
 )
-from retro_ops.models.shapes import SHAPES
+from retro_ops.models.shapes import SHAPES, first_layers
 
 LIBRARY_BYTES = 64 << 20
 """Of torch's allocator on a GPU, taken by cuBLAS: 32 MiB for eager calls on Hopper, and as much for
@@ -382,14 +382,9 @@ def _storage_id(tensor: Tensor) -> int:
 def _few_layers(config: PreTrainedConfig) -> PreTrainedConfig:
     """The same model with as few layers as allocate as much as all of them, besides the cache: all
     kinds, and one that is not the first, which has the embeddings for its residual."""
-    few = copy.deepcopy(config)
-    text = few.get_text_config(decoder=True)
-    kinds = list(get_layer_types_and_kwargs(text)[0])
+    kinds = list(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0])
     last = max(kinds.index(kind) for kind in set(kinds))
-    text.num_hidden_layers = min(max(last + 1, 2), len(kinds))
-    if getattr(text, "layer_types", None) is not None:
-        text.layer_types = kinds[: text.num_hidden_layers]
-    return few
+    return first_layers(config, min(max(last + 1, 2), len(kinds)))
 
 
 def _spread(model: PreTrainedModel, devices: tuple[int, ...]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
@@ -66,3 +67,14 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     "tiny": lambda: LlamaConfig(**_TINY, max_position_embeddings=1 << 21),
 }
 """Makers of configs, by name. "tiny" is for tests. No default of dtype: bfloat16 is assumed."""
+
+
+def first_layers(config: PreTrainedConfig, count: int | None) -> PreTrainedConfig:
+    """A copy of a model's config with its first `count` layers; None: with all."""
+    first = copy.deepcopy(config)
+    if count is not None:
+        text = first.get_text_config(decoder=True)
+        text.num_hidden_layers = count
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:count]
+    return first

@@ -128,24 +128,21 @@ def _bench_buffer(options: argparse.Namespace) -> None:
     from retro_ops.benchmarks import buffer
 
     config = dataclasses.replace(budgets(options), page_size=options.page_size)
-    rows: list[dict[str, Any]] = []
-    with progress_bar() as progress:
-        for case in buffer.run(
-            device=device_of(options),
-            traces=options.trace,
-            contexts=options.context,
-            batch_sizes=options.batch,
-            overlaps=options.overlap,
-            cache_ratios=options.cache_ratio,
-            policies=options.policy,
-            steps=options.steps,
-            config=config,
-            rounds=options.rounds,
-            plot=options.plot,
-            progress=progress,
-        ):
-            rows += case
-    _report(options, rows, buffer.COLUMNS)
+    _run(
+        options,
+        buffer,
+        device=device_of(options),
+        traces=options.trace,
+        contexts=options.context,
+        batch_sizes=options.batch,
+        overlaps=options.overlap,
+        cache_ratios=options.cache_ratio,
+        policies=options.policy,
+        steps=options.steps,
+        config=config,
+        rounds=options.rounds,
+        plot=options.plot,
+    )
 
 
 def _add_bench_long(kinds: Any) -> None:
@@ -259,26 +256,23 @@ def _bench_throughput(options: argparse.Namespace) -> None:
     from retro_ops.benchmarks import throughput
 
     attentions = [*options.attention, *(["retro offloaded"] if options.offload else [])]
-    rows: list[dict[str, Any]] = []
-    with progress_bar() as progress:
-        for case in throughput.run(
-            device=device_of(options),
-            shapes=options.model,
-            contexts=options.context,
-            batch_sizes=options.batch,
-            attentions=attentions,
-            dtype=DTYPES[options.dtype],
-            kind=options.keys,
-            config=budgets(options),
-            next_tokens=options.tokens,
-            steps=options.steps,
-            answer=options.answer,
-            layers=options.layers,
-            plot=options.plot,
-            progress=progress,
-        ):
-            rows += case
-    _report(options, rows, throughput.COLUMNS)
+    _run(
+        options,
+        throughput,
+        device=device_of(options),
+        shapes=options.model,
+        contexts=options.context,
+        batch_sizes=options.batch,
+        attentions=attentions,
+        dtype=DTYPES[options.dtype],
+        kind=options.keys,
+        config=budgets(options),
+        next_tokens=options.tokens,
+        steps=options.steps,
+        answer=options.answer,
+        layers=options.layers,
+        plot=options.plot,
+    )
 
 
 def _add_bench_prefill(kinds: Any) -> None:
@@ -476,65 +470,56 @@ def _sources(options: argparse.Namespace) -> dict[str, Any]:
 def _bench_quality(options: argparse.Namespace) -> None:
     from retro_ops.benchmarks import quality
 
-    rows: list[dict[str, Any]] = []
-    with progress_bar() as progress:
-        for case in quality.run(
-            **_sources(options),
-            text=options.text,
-            contexts=options.context,
-            queries=options.queries,
-            estimators=options.estimator,
-            config=_accuracy_config(options),
-            progress=progress,
-        ):
-            rows += case
-    _report(options, rows, quality.COLUMNS)
+    _run(
+        options,
+        quality,
+        **_sources(options),
+        text=options.text,
+        contexts=options.context,
+        queries=options.queries,
+        estimators=options.estimator,
+        config=_accuracy_config(options),
+    )
 
 
 def _bench_recall(options: argparse.Namespace) -> None:
     from retro_ops.benchmarks import recall_curves
 
-    rows: list[dict[str, Any]] = []
-    with progress_bar() as progress:
-        for case in recall_curves.run(
-            model_name=options.model,
-            contexts=options.context,
-            densities=options.density,
-            budgets=options.retrieval_budgets,
-            estimators=options.estimator,
-            attentions=options.attention,
-            questions=options.questions,
-            batch_size=options.batch,
-            config=_accuracy_config(options),
-            dtype=DTYPES[dtype_of(options)],
-            device=device_of(options),
-            seed=options.seed,
-            plot=options.plot,
-            progress=progress,
-        ):
-            rows += case
-    _report(options, rows, recall_curves.COLUMNS)
+    _run(
+        options,
+        recall_curves,
+        model_name=options.model,
+        contexts=options.context,
+        densities=options.density,
+        budgets=options.retrieval_budgets,
+        estimators=options.estimator,
+        attentions=options.attention,
+        questions=options.questions,
+        batch_size=options.batch,
+        config=_accuracy_config(options),
+        dtype=DTYPES[dtype_of(options)],
+        device=device_of(options),
+        seed=options.seed,
+        plot=options.plot,
+    )
 
 
 def _bench_fidelity(options: argparse.Namespace) -> None:
     from retro_ops.benchmarks import fidelity
 
-    rows: list[dict[str, Any]] = []
-    with progress_bar() as progress:
-        for case in fidelity.run(
-            model_name=options.model,
-            text=options.text,
-            contexts=options.context,
-            positions=options.positions,
-            batch_size=options.batch,
-            estimators=options.estimator,
-            config=_accuracy_config(options),
-            dtype=DTYPES[dtype_of(options)],
-            device=device_of(options),
-            progress=progress,
-        ):
-            rows += case
-    _report(options, rows, fidelity.COLUMNS)
+    _run(
+        options,
+        fidelity,
+        model_name=options.model,
+        text=options.text,
+        contexts=options.context,
+        positions=options.positions,
+        batch_size=options.batch,
+        estimators=options.estimator,
+        config=_accuracy_config(options),
+        dtype=DTYPES[dtype_of(options)],
+        device=device_of(options),
+    )
 
 
 def _bench_estimators(options: argparse.Namespace) -> None:
@@ -661,6 +646,15 @@ def _bench(options: argparse.Namespace) -> None:
         for done, case in enumerate(cases, 1):
             rows += case
             progress(f"{case[0]['dtype']}, {case[0]['context']:,} tokens", done, total)
+    _report(options, rows, benchmark.COLUMNS)
+
+
+def _run(options: argparse.Namespace, benchmark: Any, **arguments: Any) -> None:
+    """Runs a benchmark that reports its progress itself, and shows its rows."""
+    rows: list[dict[str, Any]] = []
+    with progress_bar() as progress:
+        for case in benchmark.run(**arguments, progress=progress):
+            rows += case
     _report(options, rows, benchmark.COLUMNS)
 
 

@@ -195,16 +195,17 @@ def reorder_store(store: Tensor, rows: Tensor) -> None:
 def store_on_cpu(store: Tensor) -> Tensor:
     """A copy of `[2, B, Hkv, N, D]`, one row and head after another."""
     there = torch.empty(store.shape, dtype=store.dtype)
-    for half in range(2):
-        for row in range(store.shape[1]):
-            for head in range(store.shape[2]):
-                there[half, row, head].copy_(store[half, row, head])
+    _copy_heads(there, store)
     return there
 
 
 def load_store(store: Tensor, given: Tensor) -> None:
     """`store[:, :, :, :n]` becomes `given` `[2, B, Hkv, n, D]`, one row and head after another."""
+    _copy_heads(store[:, :, :, : given.shape[3]], given)
+
+
+def _copy_heads(target: Tensor, source: Tensor) -> None:
     for half in range(2):
-        for row in range(store.shape[1]):
-            for head in range(store.shape[2]):
-                store[half, row, head, : given.shape[3]].copy_(given[half, row, head])
+        for row in range(source.shape[1]):
+            for head in range(source.shape[2]):
+                target[half, row, head].copy_(source[half, row, head])
