@@ -806,7 +806,7 @@ __global__ void __launch_bounds__(S::kMostWarps * 32, 1)
     attend_kernel(const __grid_constant__ AttendParams params) {
   using T = typename S::T;
   constexpr int kQueryTiles = S::kQueryTiles;
-  extern __shared__ uint4 shared[];
+  extern __shared__ __align__(kSharedLine) uint4 shared[];
   __shared__ float2 warp_sums[S::kMostWarps][S::kQueries];
   __shared__ float2 tail_sums[S::kMostWarps][S::kQueries];
   __shared__ bool is_last;

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T, int kGroups>
 __global__ void __launch_bounds__(kAssignWarps * 32, 2)
     assign_kernel(const __grid_constant__ KMeansParams params, int64_t blocks) {
-  extern __shared__ uint4 shared[];
+  extern __shared__ __align__(kSharedLine) uint4 shared[];
   release_successor();
   wait_for_predecessor();
   const Segment<T> segment = segment_at<T, kGroups>(params, blockIdx.x / blocks);

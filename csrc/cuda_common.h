@@ -260,6 +260,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// A copy asks for memory line by line of shared memory: where lines of the two do not coincide, it asks for
+// parts of lines, some of them twice, and what is asked for twice crosses the bus to the host twice.
+constexpr int kSharedLine = 128;
+
 // 16 bytes to shared memory, asynchronously; zeros where `valid` is false (`source` is not read then).
 __device__ __forceinline__ void copy_async(void* target, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)),

@@ -48,7 +48,7 @@ __device__ void move_up(
 template <typename T, int kGroups>
 __global__ void __launch_bounds__(kThreads, 1)
     grow_kernel(const __grid_constant__ GrowParams params) {
-  extern __shared__ uint4 shared[];
+  extern __shared__ __align__(kSharedLine) uint4 shared[];
   __shared__ float sums[2 * kStrands * 32 * kVectorOf<kGroups>];
   release_successor();
   wait_for_predecessor();

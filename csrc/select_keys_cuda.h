@@ -61,7 +61,7 @@ __device__ __forceinline__ void cut(int bin, Range& range) {
   range.low = low;
 }
 
-extern __shared__ uint4 shared_memory[];
+extern __shared__ __align__(kSharedLine) uint4 shared_memory[];
 
 __device__ __forceinline__ uint32_t scan_warp(uint32_t sum) {
 #pragma unroll

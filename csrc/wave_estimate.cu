@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(
   constexpr int kStages = score_stages(kGroups);
   constexpr int kKeyChunks = 2 * kGroups * 32;
   constexpr int kTileChunks = score_chunks(kGroups);
-  extern __shared__ uint4 shared[];
+  extern __shared__ __align__(kSharedLine) uint4 shared[];
   __shared__ float2 warp_sums[kScoreWarps][kQueries];
   __shared__ float spreads_of[kQueries];
   __shared__ float rows[kMatrix<T> ? 1 : kQueries * kGroups * 4 * kElements];
