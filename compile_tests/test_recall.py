@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -92,6 +93,34 @@ def test_training_makes_the_model_of_the_package() -> None:
     assert {name: parameter.shape for name, parameter in ours.named_parameters()} == shapes
     assert ours.config.rope_parameters == packaged.config.rope_parameters
     assert train.accuracy(packaged, 2048, 100) == 1.0
+
+
+def test_training_goes_on_and_goes_back() -> None:
+    progress = train.Progress()
+    assert [progress.add(0.5) for _ in range(10)] == [""] * 9 + ["best"]
+    assert progress.best == progress.right == 0.5
+    # One bad step is chance, several are not.
+    assert progress.add(0.0) == ""
+    said = [progress.add(0.0) for _ in range(10)]
+    assert "fallen" in said
+    assert set(said) <= {"", "fallen"}
+    said = [progress.add(1.0) for _ in range(100)]
+    assert said[-1] == "learned"
+    assert "learned" not in said[: train.WARM_UP_STEPS - 22]
+
+
+def test_training_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
+    monkeypatch.setattr(train, "LEARNED", 0.0)  # every stage is passed after its warm-up
+    monkeypatch.setattr(train, "WARM_UP_STEPS", 2)
+    monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
+    model = train.train(torch.device("cpu"), ((64, 1e-3), (128, 1e-3)), seconds=13)
+    assert "on to 128 tokens" in capsys.readouterr().out
+    assert not model.training
+    start = train.make_model().state_dict()
+    for name, parameter in model.state_dict().items():
+        assert parameter.shape == start[name].shape
+        assert parameter.isfinite().all()
 
 
 def ask(
