@@ -502,8 +502,13 @@ print("done")
 @pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise KeyboardInterrupt", "os._exit(3)"])
 def test_a_process_ends_with_updates_under_way(end: str) -> None:
     ran = run_python(f"{STEPS}layers = [steps(20, False) for _ in range(3)]\n{end}")
-    expected = {"": 0, "sys.exit(3)": 3, "os._exit(3)": 3, "raise KeyboardInterrupt": -2}[end]
-    assert ran.returncode == expected, ran.stderr
+    expected = {
+        "": {0},
+        "sys.exit(3)": {3},
+        "os._exit(3)": {3},
+        "raise KeyboardInterrupt": {-2, 1},  # 1 where SIGINT is ignored, as in the background
+    }
+    assert ran.returncode in expected[end], ran.stderr
     assert "Segmentation" not in ran.stderr
 
 

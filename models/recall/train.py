@@ -36,18 +36,22 @@ TOKENS_PER_STEP = 1 << 18
 STAGES = ((256, 1e-3), (1024, 7e-4), (4096, 5e-4), (16384, 4e-4), (32768, 4e-4))
 """Tokens of a sequence, and the learning rate with it."""
 LONG_STAGES = (*STAGES, (65536, 3e-4), (131072, 3e-4))
-SECONDS, LONG_SECONDS = 480.0, 840.0
+SECONDS, LONG_SECONDS = 400.0, 840.0
 WARM_UP_STEPS = 40
 """Of each stage, from a tenth of its rate on."""
+AVERAGED_STEPS = 20
 EARLIER_LENGTHS = 0.2
 """Share of steps with a length that was learned before."""
 COOL_DOWN = 0.25
 """Share of the time in which the rate falls to a twentieth."""
-LEARNED = 0.98
+LEARNED = 0.95
 """Share of right answers, on average over some steps, with which the next stage begins."""
+LONGEST = 0.18
+"""Share of the time that a stage may take, on average with those before, if half is right."""
 FALLEN = 0.3
 """Of right answers fewer than at best: the model goes on from its best."""
 LOWEST_DENSITY = 0.02
+GOLDEN = (5**0.5 - 1) / 2
 QUESTION_TOKENS = 5
 
 
@@ -87,14 +91,19 @@ def distinct_pairs(rows: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.stack((left, right), dim=2)
 
 
-def make_batch(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sequences `[B, T]`, and the places `[B, Q, 2]` before the answers' tokens."""
+def make_batch(tokens: int, generator: torch.Generator, sparseness: float) -> tuple[Tensor, Tensor]:
+    """Sequences `[B, T]`, and the places `[B, Q, 2]` before the answers' tokens.
+
+    Args:
+        tokens: T.
+        generator: of the device.
+        sparseness: from 0, a record wherever there is room for one, to 1, `LOWEST_DENSITY`.
+    """
     device = generator.device
     rows = TOKENS_PER_STEP // tokens
     body_tokens = tokens // 4 * 3
     slots = body_tokens // TOKENS_PER_RECORD
-    exponent = float(torch.rand((), generator=generator, device=device))
-    records = max(round(slots * LOWEST_DENSITY**exponent), 1)
+    records = max(round(slots * LOWEST_DENSITY**sparseness), 1)
 
     ids = torch.randint(
         FILLER.start, FILLER.stop, (rows, tokens), generator=generator, device=device
@@ -127,15 +136,15 @@ class Progress:
     """Right answers at the length of a stage, and what to do about them."""
 
     right: float = 0.0
-    """Share of answers, averaged over about ten steps."""
+    """Share of answers, averaged over about twenty steps, and so over all densities."""
     best: float = 0.0
     steps: int = 0
 
     def add(self, right: float) -> str:
         """Counts a step: "learned", "fallen", "best" (worth keeping), or ""."""
         self.steps += 1
-        self.right += (right - self.right) * max(0.1, 1 / self.steps)
-        if self.steps < 10:
+        self.right += (right - self.right) * max(1 / AVERAGED_STEPS, 1 / self.steps)
+        if self.steps < AVERAGED_STEPS:
             return ""
         if self.steps >= WARM_UP_STEPS and self.right >= LEARNED:
             return "learned"
@@ -171,7 +180,8 @@ def train(
         rate *= min(0.05 + 0.95 * (1 - now / seconds) / COOL_DOWN, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        ids, answers = make_batch(tokens, generator)
+        # Any twenty steps in turn have all densities alike: their right answers can be compared.
+        ids, answers = make_batch(tokens, generator, step * GOLDEN % 1.0)
         with torch.autocast(device.type, torch.bfloat16):
             hidden = model.model(ids, use_cache=False).last_hidden_state
             flat = answers.flatten(1)
@@ -189,6 +199,8 @@ def train(
             print(f"{now:6.0f} s, step {step}, {tokens} tokens, loss {loss:.3f}, {right:.1%}")
             next_line = now + 10
         what = "" if earlier else progress.add(right)
+        if progress.right > 0.5 and now > LONGEST * (stage + 1) * seconds:
+            what = "learned"
         if what == "best":
             kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
         elif what == "learned" and stage + 1 < len(stages):
@@ -196,7 +208,7 @@ def train(
             kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
             print(f"{now:6.0f} s, step {step}, on to {stages[stage][0]} tokens")
         elif what == "fallen":
-            slower /= 2
+            slower = max(slower / 2, 0.25)
             model.load_state_dict(kept[0])
             optimizer.load_state_dict(copy.deepcopy(kept[1]))
             best = progress.best
