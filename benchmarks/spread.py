@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,14 +13,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine
-from retro_ops.benchmarks.model import fill_retro
+from retro_ops.benchmarks.model import SPARE_TOKENS, fill_retro
 from retro_ops.benchmarks.timing import clean, synchronize, time_steps
 from retro_ops.models import spread
+from retro_ops.models.memory import GIB, HOST
+from retro_ops.models.plan import Plan, Planner
 from retro_ops.models.shapes import SHAPES, first_layers
 
 COLUMNS = (
     *("shape", "layers", "dtype", "context", "batch", "devices", "offload", "ms", "ms_20", "ms_80"),
-    *("tokens_per_s", "handover_percent", "gib", "note"),
+    *("tokens_per_s", "handover_percent", "planned_gib", "gib", "plan_error_percent", "note"),
 )
 """What a table shows of a row; the machine is in its title."""
 
@@ -39,7 +43,9 @@ def run(
 
     Caches are filled with random numbers. `handover_percent` is what the step takes longer on
     several devices than on one, of the former; `gib` are the most bytes that were allocated on each
-    device. What does not fit says so.
+    GPU from the first step on, `planned_gib` what the planner says, and `plan_error_percent` the
+    larger of their differences. Layers lie where the planner, and so `device_map="auto"`, puts
+    them. What does not fit says so.
 
     Args:
         devices: GPUs, or CPUs for a try.
@@ -56,10 +62,13 @@ def run(
     model_config = first_layers(SHAPES[shape](), layers)
     alone: dict[tuple[int, int], float] = {}
     for used in (list(devices[:1]), list(devices)):
-        try:
-            model = make_model(model_config, dtype, used)
-        except torch.OutOfMemoryError:
-            model = None
+        places = tuple(
+            torch.cuda.mem_get_info(device)[1] for device in used if device.type == "cuda"
+        )
+        model, planner = None, None
+        with contextlib.suppress(torch.OutOfMemoryError, ValueError):  # the weights do not fit
+            planner = Planner(model_config, config, dtype=dtype, offload=offload, devices=places)
+            model = make_model(model_config, dtype, used, planner.layer_places)
         for tokens in contexts:
             for rows in batch_sizes:
                 figure: dict[str, object] = {
@@ -72,6 +81,9 @@ def run(
                     "offload": offload,
                 }
                 figure |= _measure(model, used, tokens, rows, config, offload, rounds)
+                if planner is not None and "gib" in figure:
+                    plan = planner.plan(tokens + SPARE_TOKENS, rows)
+                    figure |= _compared(plan, figure["gib"])
                 if "ms" in figure and len(used) == 1:
                     alone[tokens, rows] = float(str(figure["ms"]))
                 elif "ms" in figure and (tokens, rows) in alone:
@@ -82,16 +94,43 @@ def run(
         clean(devices[0])
 
 
+def _compared(plan: Plan, seen: Any) -> dict[str, object]:
+    planned = [plan.allocated(place, prefill=False) / GIB for place in plan.places if place != HOST]
+    errors = [100 * (own / gib - 1) for own, gib in zip(planned, seen, strict=True)]
+    return {
+        "planned_gib": _listed(planned),
+        "gib": _listed(seen),
+        "plan_error_percent": max(errors, key=abs, default=None),
+    }
+
+
+def _listed(sizes: Sequence[float]) -> str:
+    return " ".join(f"{size:.2f}" for size in sizes)
+
+
 def make_model(
-    config: PreTrainedConfig, dtype: torch.dtype, devices: Sequence[torch.device]
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    devices: Sequence[torch.device],
+    places: Sequence[str],
 ) -> PreTrainedModel:
-    """A model of random weights, made on its devices and spread over them."""
+    """A model of random weights, made on its devices and spread over them.
+
+    Args:
+        config, dtype: of the model.
+        devices: of which all or the first get layers.
+        places: of each layer; those of one device follow one another. CPUs share alike.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="retro")
     decoder, count = model.get_decoder(), config.num_hidden_layers
-    share = -(-count // len(devices))
-    for i, layer in enumerate(decoder.layers):
-        layer.to_empty(device=devices[i // share])
+    counts = [len(list(own)) for _, own in itertools.groupby(places)]
+    if devices[0].type != "cuda":
+        share = -(-count // len(devices))
+        counts = [min(share, count - first) for first in range(0, count, share)]
+    where = [device for device, own in zip(devices, counts, strict=False) for _ in range(own)]
+    for device, layer in zip(where, decoder.layers, strict=True):
+        layer.to_empty(device=device)
     decoder.embed_tokens.to_empty(device=devices[0])
     decoder.norm.to_empty(device=devices[-1])
     model.lm_head.to_empty(device=devices[-1])
@@ -102,8 +141,7 @@ def make_model(
                 nn.init.normal_(parameter, std=0.02)
             else:
                 nn.init.constant_(parameter, 0.0 if name == "bias" else 1.0)
-    counts = [min(share, count - first) for first in range(0, count, share)]
-    return spread(model.eval(), devices, layers=counts)
+    return spread(model.eval(), devices[: len(counts)], layers=counts)
 
 
 @torch.inference_mode()
@@ -119,10 +157,10 @@ def _measure(
     if model is None:
         return {"note": "the weights do not fit"}
     gpus = [device for device in devices if device.type == "cuda"]
-    for device in gpus:
-        torch.cuda.reset_peak_memory_stats(device)
     try:
         cache = fill_retro(model, tokens, rows, config, offload=offload)
+        for device in gpus:
+            torch.cuda.reset_peak_memory_stats(device)
         ids = torch.zeros(rows, 1, dtype=torch.int64, device=devices[0])
 
         def step() -> None:
@@ -136,11 +174,11 @@ def _measure(
         return {"note": "does not fit in memory"}
     finally:
         clean(devices[0])
-    gib = [torch.cuda.max_memory_allocated(device) / 2**30 for device in gpus]
+    gib = [torch.cuda.max_memory_allocated(device) / GIB for device in gpus]
     return {
         "ms": timing.median_us / 1e3,
         "ms_20": timing.low_us / 1e3,
         "ms_80": timing.high_us / 1e3,
         "tokens_per_s": 1e6 * rows / timing.median_us,
-        "gib": " ".join(f"{size:.1f}" for size in gib),
+        "gib": gib,
     }

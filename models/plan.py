@@ -134,7 +134,8 @@ class Planner:
         model = meta_model(config, self.dtype)
         where = _spread(model, devices)
         self._weights = _weights(model, where)
-        self._layer_places = _layer_places(model, where)
+        self.layer_places = _layer_places(model, where)
+        """Of each layer."""
         self._heads = self._probe(model)
         self._few = meta_model(_few_layers(config), self.dtype)
         self._activations: dict[tuple[int, int, int], tuple[int, int]] = {}
@@ -146,7 +147,7 @@ class Planner:
             place: {"weights": bytes_} for place, bytes_ in self._weights.items()
         }
         known: dict[tuple[Any, ...], dict[str, int]] = {}
-        for layer, place, heads in zip(cache.layers, self._layer_places, self._heads, strict=True):
+        for layer, place, heads in zip(cache.layers, self.layer_places, self._heads, strict=True):
             own = getattr(layer, "growth_delay", None), getattr(layer, "past", None)
             kind = (type(layer), *own, heads)
             if kind not in known:
@@ -155,7 +156,7 @@ class Planner:
                 parts = places.setdefault(HOST if name in host_buffers(layer) else place, {})
                 parts[ZONES[name]] = parts.get(ZONES[name], 0) + bytes_
         for place, parts in places.items():
-            if place in self._layer_places:
+            if place in self.layer_places:
                 peaks = self.activations(context, batch_size)
                 parts |= dict(zip(ACTIVATIONS, peaks, strict=True))
             if place != HOST:
