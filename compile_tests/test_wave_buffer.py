@@ -318,6 +318,57 @@ def test_prefill_and_reset_empty_the_cache(device: str) -> None:
     assert_consistent(layer)
 
 
+@pytest.mark.parametrize("starts", [None, (0, 7)])
+def test_a_staged_prompt_is_the_same(
+    starts: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU packs in its own memory and copies from there; here both are the CPU's."""
+    plain, layer = pair()
+    tokens = Tokens(plain, 400)
+    padding = None if starts is None else torch.tensor(starts)
+    for count in (350, 60, 10, 200):  # without an index, too
+        layer.prefill(*tokens.prompt(count), padding)
+        expected = snapshot(layer)
+        monkeypatch.setattr(wave_buffer, "stages", lambda layer: layer.offload)
+        for buffer in layer.buffers():
+            buffer.fill_(99)
+        layer.joins = False
+        layer.prefill(*tokens.prompt(count), padding)
+        assert (count > 50) == bool(wave_buffer._writes)
+        layer.joins = True
+        layer.prefill(*tokens.prompt(count), padding)
+        assert not wave_buffer._writes
+        monkeypatch.undo()
+        for row, counts in enumerate(layer.counters.tolist()):
+            for name, buffer in snapshot(layer).items():
+                if name != "pages" and name in (*wave_buffer.NAMES, "counters", "totals"):
+                    assert_same(buffer, expected[name], name)
+            used = counts[Counter.INDEXED_TOKENS]
+            assert used == expected["counters"][row, Counter.INDEXED_TOKENS]
+            assert_same(layer.store[:, row, :, :used], expected["store"][:, row, :, :used])
+
+
+def test_layers_of_a_model_stage_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    ids = make_prompt(2, 100)
+    plain = make_cache(model, rows=2, length=400, retro_config=TIGHT)
+    expected = generate(model, ids, past_key_values=plain, max_new_tokens=40)
+    monkeypatch.setattr(wave_buffer, "stages", lambda layer: layer.offload)
+    staged = []
+    stage = wave_buffer.stage
+    monkeypatch.setattr(
+        wave_buffer, "stage", lambda *given: staged.append(stage(*given)) or staged[-1]
+    )
+    cache = make_cache(model, rows=2, length=400, retro_config=TIGHT, offload=True)
+    for _ in range(2):
+        staged.clear()
+        cache.reset()
+        outs = generate(model, ids, past_key_values=cache, max_new_tokens=40)
+        assert_same(outs[0], expected[0], "tokens")
+        assert len(staged) == len(cache.retro_layers)
+        assert not wave_buffer._writes  # the last layer waits
+
+
 def test_reorder_moves_the_cache_with_its_row(device: str) -> None:
     plain, layer = pair(batch_size=4, device=device)
     tokens = Tokens(plain, 450)

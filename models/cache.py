@@ -934,12 +934,23 @@ class RetroCache(Cache):
 
 
 def _mark_last(layers: list[RetroCacheLayer]) -> None:
-    """Tells the layers, of which a model's step runs all, which one is the last on each device."""
+    """Tells the layers, of which a model's step runs all, which one is the last on each device.
+
+    As long as some have no device yet, none is. When all have, those of other devices than the
+    latest layer's may have taken in a prompt that none of them has waited for.
+    """
+    if any(layer.retro is None for layer in layers):
+        for layer in layers:
+            if layer.retro is not None:
+                layer.retro.joins = False
+        return
     seen = set()
     for layer in reversed(layers):
         if layer.retro is not None:
             layer.retro.joins = layer.retro.store.device not in seen
             seen.add(layer.retro.store.device)
+            if layer.retro.joins:
+                layer.retro.finish_prefill()
 
 
 def _model_fields(config: PreTrainedConfig) -> dict[str, Any]:

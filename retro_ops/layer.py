@@ -115,8 +115,9 @@ class RetroLayer(nn.Module):
         self.policy = _policy
         # Tokens by which the index grows later than it could: layers of a model take turns.
         self.growth_delay = _growth_delay
-        # Offloaded on a GPU: whether this layer's step is the device's last one in a CUDA graph.
-        # Who captures several layers in one graph says which of them it is.
+        # Offloaded on a GPU: whether this layer is the device's last one of a model, whose prompt
+        # ends with everything written, and whose step is the last one in a CUDA graph. Who has
+        # several layers says which of them it is.
         self.joins = True
 
         tokens, clusters = wave_index.indexed_capacity(config, max_length)
@@ -209,7 +210,17 @@ class RetroLayer(nn.Module):
                 f"RetroLayer.prefill: starts must lie in 0..{tokens}, got {starts.tolist()}"
             )
         self.reset()
-        wave_index.build(self, keys, values, starts.long().clamp(0, tokens))
+        wave_index.build(self, keys, values, starts.long().clamp(0, tokens), first=True)
+        if self.joins:
+            self.finish_prefill()
+
+    def finish_prefill(self) -> None:
+        """Lets the device wait for what a prompt has still to write to stores in the host's memory.
+
+        `prefill` does it in the last layer of a device, which `joins`.
+        """
+        if self.offload and not torch.compiler.is_compiling():
+            wave_buffer.finish_writes(self.store.device)
 
     def decode(
         self,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -177,6 +178,74 @@ def _free_in_cgroups() -> Iterator[int]:
             continue
         if most != "max":
             yield max(int(most) - used + int(stats.get(cached, 0)), 0)
+
+
+@dataclass
+class _Writes:
+    """What a stream beside copies from a GPU's memory to a store in the host's."""
+
+    staged: Tensor
+    done: torch.cuda.Event | None = None
+
+
+_writes: dict[tuple[torch.device, int], _Writes] = {}
+"""By device and the stream that steps run on: one layer at a time."""
+_beside: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _steps_of(device: torch.device) -> tuple[torch.device, int]:
+    if device.type != "cuda":
+        return device, 0
+    return device, torch.cuda.current_stream(device).cuda_stream
+
+
+def stages(layer: RetroLayer) -> bool:
+    """Whether a prompt goes to `stage`d memory of the GPU first, and to the store with `write`."""
+    device = layer.store.device
+    if not layer.offload or device.type == "cpu" or torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def stage(store: Tensor, tokens: int) -> Tensor:
+    """Memory of the GPU for the first tokens of a store, `[2, B, Hkv, tokens, D]`.
+
+    It is the same from layer to layer, and may be written to at once: what the layer before has put
+    there has arrived by then.
+    """
+    shape = (*store.shape[:3], tokens, store.shape[4])
+    key = _steps_of(store.device)
+    before = _writes.pop(key, None)
+    if before is not None and before.done is not None:
+        torch.cuda.current_stream(store.device).wait_event(before.done)
+    if before is None or before.staged.shape != shape or before.staged.dtype != store.dtype:
+        del before
+        with torch.inference_mode(False):  # or only inference mode could write to it
+            before = _Writes(torch.empty(shape, dtype=store.dtype, device=store.device))
+    _writes[key] = before
+    return before.staged
+
+
+def write(store: Tensor) -> None:
+    """What was `stage`d goes to the store, while the next layer computes; see `finish_writes`."""
+    writes = _writes[_steps_of(store.device)]
+    if store.device.type != "cuda":
+        load_store(store, writes.staged)
+        return
+    if store.device not in _beside:
+        _beside[store.device] = torch.cuda.Stream(store.device)
+    beside = _beside[store.device]
+    beside.wait_stream(torch.cuda.current_stream(store.device))
+    with torch.cuda.stream(beside):
+        load_store(store, writes.staged)
+        writes.done = beside.record_event()
+
+
+def finish_writes(device: torch.device) -> None:
+    """What comes on the current stream of `device` sees all that was written; nothing is staged."""
+    writes = _writes.pop(_steps_of(device), None)
+    if writes is not None and writes.done is not None:
+        torch.cuda.current_stream(device).wait_event(writes.done)
 
 
 def copy_rows(target: Tensor, source: Tensor, axis: int, rows: list[int]) -> None:

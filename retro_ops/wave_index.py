@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from retro_ops import wave_buffer
 from retro_ops.config import RetroConfig
 from retro_ops.ops import append_tokens, cluster_keys, grow_index, pack_clusters
 from retro_ops.ops._contract import cluster_count
@@ -44,9 +45,18 @@ def indexed_spans(config: RetroConfig, starts: Tensor, tokens: int, multiple: in
 
 
 def build(
-    layer: RetroLayer, keys: Tensor, values: Tensor, starts: Tensor, multiple: int = 1
+    layer: RetroLayer,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    multiple: int = 1,
+    *,
+    first: bool = False,
 ) -> None:
     """Clusters of a prompt go behind what the index holds, the rest into the empty steady zone.
+
+    The store of an offloaded layer whose index is empty is written while what comes next computes,
+    until `wave_buffer.finish_writes`.
 
     Args:
         layer: changed in place.
@@ -54,6 +64,7 @@ def build(
         starts: `[B]` int64, first token of each row.
         multiple: as in `indexed_spans`. Only the first clusters of a row may be of any number of
             tokens: their number is rounded, and the index has room for one rounding.
+        first: the index is empty.
     """
     config, tokens = layer.config, keys.shape[2]
     spans = indexed_spans(config, starts, tokens, multiple)
@@ -64,15 +75,14 @@ def build(
         assignment = cluster_keys(
             keys, spans, config.cluster_size, config.segment_size, config.kmeans_iterations
         )
+        staged = first and wave_buffer.stages(layer)
+        most = tokens - config.sink_tokens - config.local_tokens
+        store = wave_buffer.stage(layer.store, most) if staged else layer.store
         pack_clusters(
-            keys,
-            values,
-            assignment,
-            layer.store,
-            *layer.index,
-            layer.counters,
-            config.cluster_size,
+            keys, values, assignment, store, *layer.index, layer.counters, config.cluster_size
         )
+        if staged:
+            wave_buffer.write(layer.store)
     steady = ~indexed & (position >= starts[:, None])
     append_tokens(keys, values, steady, layer.steady, layer.counters, layer.max_length)
 
