@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -746,23 +745,6 @@ def test_refuses_what_a_prefill_must_not_return() -> None:
     with pytest.raises(ValueError, match="prefill_attention must return") as error:
         model(make_prompt(1, 9), past_key_values=make_cache(model, prefill_attention=wrong))
     one_line(error, "[1, 4, 9, 128] of torch.float32, got [1, 9, 4, 128] of torch.float32")
-
-
-def test_the_document_runs() -> None:
-    """All of it that needs no model of the hub."""
-    text = (ROOT / "docs/models.md").read_text("utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    here = [snippet for snippet in snippets if "Qwen/" not in snippet]
-    assert len(snippets) - len(here) == 3
-    assert len(here) == 3
-    names: dict[str, Any] = {}
-    for snippet in here:
-        exec(snippet, names)
-        model = names["model"].to("cpu")
-        with torch.no_grad():
-            out = model(make_prompt(1, 100), past_key_values=names["cache"])
-            expected = model(make_prompt(1, 100))
-        torch.testing.assert_close(out.logits, expected.logits)
 
 
 # Refusals
