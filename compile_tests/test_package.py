@@ -169,6 +169,7 @@ def test_hard_dependencies_are_torch_and_numpy(metadata: Message) -> None:
         "flash",
         "eval",
         "plot",
+        "docs",
         "dev",
     }
 

@@ -678,6 +678,14 @@ class RetroCache(Cache):
     ) -> tuple[Any, Any]:
         """Hands new tokens to a layer, if the cache can take them; see `Cache.update`.
 
+        Args:
+            key_states: `[B, Hkv, T, D]`, float32, bfloat16 or float16, after rotary embedding.
+            value_states: like `key_states`.
+            layer_idx: of the layer in the model.
+
+        Returns:
+            What the attention function `retro` takes for keys and values.
+
         Raises:
             ValueError: wrong number of rows, or a prompt longer than `max_cache_len`.
             RuntimeError: a row would exceed `max_cache_len`.
@@ -697,7 +705,14 @@ class RetroCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def early_initialization(self, batch_size: int, *args: Any, **kwargs: Any) -> None:
-        """Allocates all layers now instead of with their first tokens; see `Cache`."""
+        """Allocates all layers now instead of with their first tokens; see `Cache`.
+
+        Args:
+            batch_size: rows, as the cache was made for.
+
+        Raises:
+            ValueError: another number of rows.
+        """
         self._check_rows(batch_size)
         super().early_initialization(batch_size, *args, **kwargs)
         _mark_last(self.retro_layers)
@@ -865,13 +880,27 @@ class RetroCache(Cache):
         return cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Not possible: memory is allocated once."""
+        """Not possible: memory is allocated once.
+
+        Args:
+            repeats: rows for each row.
+
+        Raises:
+            NotImplementedError: always; `fork` makes a cache of more rows.
+        """
         raise NotImplementedError(
             "RetroCache cannot change its number of rows; make one with the batch_size you need"
         )
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Not possible: memory is allocated once."""
+        """Not possible: memory is allocated once.
+
+        Args:
+            indices: `[R]` integers, rows to keep.
+
+        Raises:
+            NotImplementedError: always; `fork` makes a cache of other rows.
+        """
         self.batch_repeat_interleave(1)
 
     @property

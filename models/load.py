@@ -230,6 +230,12 @@ def layer_devices(model: nn.Module) -> list[torch.device]:
 def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer of a model, padding on the left.
 
+    Args:
+        name: as in `load_model`.
+
+    Returns:
+        transformers' tokenizer; its end token pads, if it has none for that.
+
     Raises:
         FileNotFoundError: there is no such model, or it has no tokenizer.
     """

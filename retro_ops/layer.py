@@ -155,7 +155,15 @@ class RetroLayer(nn.Module):
 
     @staticmethod
     def free_bytes(device: torch.device) -> int:
-        """Bytes that can be allocated now: on a GPU, or for any other device on the host."""
+        """Bytes that can be allocated now.
+
+        Args:
+            device: a GPU, or any other device for the host.
+
+        Returns:
+            Of a GPU what the driver and torch's allocator have left, of the host what the machine
+            and the process's cgroup have.
+        """
         if device.type == "cuda":
             return wave_buffer.free_device_bytes(device)
         return wave_buffer.free_host_bytes()
@@ -306,7 +314,11 @@ class RetroLayer(nn.Module):
         return out
 
     def extend_bytes(self, tokens: int) -> int:
-        """About the bytes that `extend` of `tokens` tokens works in, besides its result."""
+        """About the bytes that `extend` works in, besides its result.
+
+        Args:
+            tokens: T, new tokens of each row.
+        """
         return turn.working_bytes(self, tokens)
 
     def crop(self, lengths: Tensor | int) -> None:
@@ -427,6 +439,9 @@ class RetroLayer(nn.Module):
 
         The other one may have had another `max_length` and `offload`; everything else is the same.
 
+        Args:
+            state: buffers by name, each as far as it is in use, on any device.
+
         Raises:
             ValueError: a tensor is missing or not one of this layer's, or does not fit into it; the
                 layer keeps what it held.
@@ -516,24 +531,25 @@ class RetroLayer(nn.Module):
         """Counters since the last prefill or reset, summed over rows; waits for the device.
 
         Returns:
-            steps: decode steps (of the batch).
-            steady_tokens, indexed_tokens, clusters: what the rows hold now.
-            updates: segments that became clusters while decoding, or in a short turn.
-            retrieved_tokens: tokens retrieved, over KV heads and steps.
-            page_hits, page_misses: pages of retrieved clusters that were in the page cache, and
-                those that were not; 0 unless offloaded, like the next four.
-            slow_bytes_per_token: bytes of KV that one row's step reads from the slow memory, on
-                average: the tokens of missed pages.
-            page_admissions, page_evictions: clusters that came into the page cache and left it.
-            late_decisions: times that a KV head's step found no decision of the step before on what
-                may leave the page cache; always 0 on a CPU, which decides between two steps.
-            page_updates, page_update_us: decisions that threads of the host have made beside the
-                steps of a GPU since the layer was made, and microseconds from the end of their
-                gather to theirs, in sum.
-            truncated_clusters: clusters dropped for want of room; always 0: the working set has no
-                buffer that could overflow.
-            dropped_tokens: tokens that found no room in a full row on a GPU; the CPU raises.
-            bytes_read_per_token: bytes of KV and index that one row's step reads, on average.
+            - `steps`: decode steps (of the batch).
+            - `steady_tokens`, `indexed_tokens`, `clusters`: what the rows hold now.
+            - `updates`: segments that became clusters while decoding, or in a short turn.
+            - `retrieved_tokens`: tokens retrieved, over KV heads and steps.
+            - `page_hits`, `page_misses`: pages of retrieved clusters that were in the page cache,
+              and those that were not; 0 unless offloaded, like the next four.
+            - `slow_bytes_per_token`: bytes of KV that one row's step reads from the slow memory, on
+              average: the tokens of missed pages.
+            - `page_admissions`, `page_evictions`: clusters that came into the page cache and left
+              it.
+            - `late_decisions`: times that a KV head's step found no decision of the step before on
+              what may leave the page cache; always 0 on a CPU, which decides between two steps.
+            - `page_updates`, `page_update_us`: decisions that threads of the host have made beside
+              the steps of a GPU since the layer was made, and microseconds from the end of their
+              gather to theirs, in sum.
+            - `truncated_clusters`: clusters dropped for want of room; always 0: the working set has
+              no buffer that could overflow.
+            - `dropped_tokens`: tokens that found no room in a full row on a GPU; the CPU raises.
+            - `bytes_read_per_token`: bytes of KV and index that one row's step reads, on average.
         """
         rows = self.counters.tolist()
         totals = dict(zip(Counter, map(sum, zip(*rows, strict=True)), strict=True))
@@ -571,6 +587,7 @@ class RetroLayer(nn.Module):
         }
 
     def extra_repr(self) -> str:
+        """What `print(layer)` shows in brackets."""
         return (
             f"batch_size={self.batch_size}, num_query_heads={self.num_query_heads}, "
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
