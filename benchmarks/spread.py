@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine
 from retro_ops.benchmarks.model import fill_retro
-from retro_ops.benchmarks.timing import clean, synchronize, time_steps
+from retro_ops.benchmarks.timing import clean, memory_note, synchronize, time_steps
 from retro_ops.models import spread
 from retro_ops.models.shapes import SHAPES, first_layers
 
@@ -51,14 +51,23 @@ def run(
         config: budgets and sizes.
         offload: keep keys and values in host memory.
         rounds: timed steps.
+
+    Raises:
+        ValueError: there are more devices than layers; nothing is measured then.
     """
     facts = machine.facts(devices[0])
     model_config = first_layers(SHAPES[shape](), layers)
+    if len(devices) > model_config.num_hidden_layers:
+        raise ValueError(
+            f"devices must be 1 to {model_config.num_hidden_layers}, one layer or more for each, "
+            f"got {len(devices)}"
+        )
     alone: dict[tuple[int, int], float] = {}
     for used in (list(devices[:1]), list(devices)):
         try:
             model = make_model(model_config, dtype, used)
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            memory_note(error)
             model = None
         for tokens in contexts:
             for rows in batch_sizes:
@@ -132,8 +141,8 @@ def _measure(
                 synchronize(device)
 
         timing = time_steps(devices[0], step, rounds=rounds)
-    except torch.OutOfMemoryError:
-        return {"note": "does not fit in memory"}
+    except (MemoryError, RuntimeError) as error:
+        return {"note": memory_note(error)}
     finally:
         clean(devices[0])
     gib = [torch.cuda.max_memory_allocated(device) / 2**30 for device in gpus]

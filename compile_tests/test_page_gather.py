@@ -252,7 +252,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         ),
         (
             {"decisions": zeros(2, 8, 2).transpose(1, 2)},
-            "decisions must be contiguous",
+            "decisions must be contiguous, got strides [16, 1, 2]",
         ),
         (
             {"requests": zeros(2, 2, 7)},

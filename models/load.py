@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.utils._pytree import tree_map
 from transformers import (
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from retro_ops.models import gemma, rope
+from retro_ops.models import gemma, memory, rope
 from retro_ops.models.attention import NAME
 from retro_ops.models.support import check_model
 
@@ -88,15 +89,14 @@ def load_model(
         )
     if context is not None and context < 1:
         raise ValueError(f"load_model: context must be at least 1, got {context}")
+    if device is not None:
+        device = memory.known_device("load_model", device)
     dtype = _known_dtype(dtype)
     path = find_model(name)
     config = kwargs.pop("config", None)
-    try:
-        if config is None:
-            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-            config = AutoConfig.from_pretrained(path, **hub)
-    except OSError as error:
-        raise no_model(name) from error
+    if config is None:
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        config = read_config(name, path, **hub)
     prepare(config, attention=attention, context=context, rope_parameters=rope_parameters)
     if device is None and device_map is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -239,10 +239,20 @@ def load_tokenizer(name: str | Path) -> Any:
     Raises:
         FileNotFoundError: there is no such model, or it has no tokenizer.
     """
+    path = find_model(name)
+    if not Path(path).is_dir():
+        read_config(name, path)  # says so where there is no such model at all
     try:
-        tokenizer = AutoTokenizer.from_pretrained(find_model(name), padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"model {str(name)!r} has no tokenizer that loads") from error
+        raise FileNotFoundError(
+            f"model {str(name)!r} has no tokenizer that loads; "
+            + (
+                "recall models read token ids: take another model for text"
+                if str(name) in RECALL
+                else "put the files of its tokenizer beside its config.json"
+            )
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -270,6 +280,31 @@ def _known_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
             f"load_model: dtype must be one of auto, {', '.join(DTYPES)}, got {str(dtype)!r}"
         )
     return known
+
+
+def read_config(name: str | Path, path: str, **hub: Any) -> PreTrainedConfig:
+    """The config of a model.
+
+    Args:
+        name: of the model, for messages.
+        path: what `find_model` made of it.
+        **hub: some of `HUB_ARGUMENTS`.
+
+    Raises:
+        FileNotFoundError: there is no such model, or it cannot be reached.
+        ValueError: the config is of no model that transformers knows.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise no_model(name)
+    try:
+        return AutoConfig.from_pretrained(path, **hub)
+    except OSError as error:
+        raise no_model(name) from error
+    except ValueError as error:
+        raise ValueError(
+            f"model {str(name)!r}: transformers {transformers.__version__} makes nothing of its "
+            f"config.json: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def no_model(name: str | Path) -> FileNotFoundError:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from retro_ops.models.load import remove_moves
+from retro_ops.models.memory import known_device
 
 
 class Stage(nn.Module):
@@ -95,7 +96,7 @@ def spread(
             f"spread needs a decoder with a list of layers, {type(decoder).__name__} has none"
         )
     if is_spread(model):
-        raise ValueError("the model is spread already")
+        raise ValueError("the model is spread already; load it anew to lay it out otherwise")
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if len(kinds) > 1:
         raise ValueError(
@@ -142,6 +143,12 @@ def _places(
         return [(device, nn.ModuleList(layer for _, layer in own)) for device, own in groups]
     if devices is None:
         devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    devices = [known_device("spread", device) for device in devices]
+    if not 1 <= len(devices) <= len(layers):
+        raise ValueError(
+            f"spread: devices must be 1 to {len(layers)}, one layer or more for each, "
+            f"got {len(devices)}"
+        )
     if counts is None:
         share, more = divmod(len(layers), len(devices))
         counts = [share + (i < more) for i in range(len(devices))]

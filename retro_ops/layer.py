@@ -19,6 +19,9 @@ from retro_ops.ops._contract import (
 )
 from retro_ops.ops.update_pages import DEFAULT_POLICY, POLICIES
 
+INT32_MAX = 2**31 - 1
+_INTEGERS = (torch.int32, torch.int64)
+
 
 class RetroLayer(nn.Module):
     """Keys and values of one attention layer, read sparsely by every new token.
@@ -42,8 +45,10 @@ class RetroLayer(nn.Module):
             `copy.deepcopy` (see `fork`) or exported.
 
     Raises:
-        ValueError: a number or dtype is out of range.
-        MemoryError: host or GPU have no room for an offloaded layer on a GPU.
+        TypeError: `config` or a number is something else.
+        ValueError: a number or dtype is out of range, or the device is not there.
+        MemoryError: the host has no room for the layer, or host or GPU have none for an offloaded
+            one on a GPU. Others on a GPU raise torch.OutOfMemoryError.
     """
 
     steady: Tensor  # [2, B, Hkv, S, D]
@@ -82,14 +87,21 @@ class RetroLayer(nn.Module):
         _growth_delay: int = 0,
     ) -> None:
         super().__init__()
-        for name, number in (
-            ("batch_size", batch_size),
-            ("num_query_heads", num_query_heads),
-            ("num_kv_heads", num_kv_heads),
-            ("max_length", max_length),
-        ):
-            if number < 1:
-                raise ValueError(f"RetroLayer: {name} must be at least 1, got {number}")
+        if not isinstance(config, RetroConfig):
+            raise TypeError(f"RetroLayer: config must be a RetroConfig, got {config!r}")
+        numbers = {
+            "batch_size": batch_size,
+            "num_query_heads": num_query_heads,
+            "num_kv_heads": num_kv_heads,
+            "max_length": max_length,
+            "head_dim": head_dim,
+        }
+        for name, number in numbers.items():
+            if not isinstance(number, int):
+                raise TypeError(f"RetroLayer: {name} must be an int, got {number!r}")
+            if name != "head_dim" and not 1 <= number <= INT32_MAX:  # int32 counts slots
+                bound = "at least 1" if number < 1 else f"at most {INT32_MAX}"
+                raise ValueError(f"RetroLayer: {name} must be {bound}, got {number}")
         if num_query_heads % num_kv_heads:
             raise ValueError(
                 "RetroLayer: num_query_heads must be a multiple of num_kv_heads, "
@@ -140,18 +152,37 @@ class RetroLayer(nn.Module):
             buffers |= wave_buffer.shapes(
                 config, groups, tokens, clusters, self.max_retrieved, head_dim, dtype
             )
-        device = torch.device(device)
-        if self._shares_host_memory(device):
-            made = wave_buffer.allocate(buffers, device, _layers_to_come)
-        else:
-            made = {
-                name: torch.zeros(shape, dtype=kind, device=device)
-                for name, (shape, kind) in buffers.items()
-            }
-        for name, buffer in made.items():
+        for name, buffer in self._made(buffers, _known_device(device), _layers_to_come).items():
             self.register_buffer(name, buffer)
         if offload:
             wave_buffer.clear(self)
+
+    def _made(
+        self, buffers: wave_buffer.Shapes, device: torch.device, layers_to_come: int
+    ) -> dict[str, Tensor]:
+        """The buffers, allocated."""
+        try:
+            if self._shares_host_memory(device):
+                return wave_buffer.allocate(buffers, device, layers_to_come)
+            return {
+                name: torch.zeros(shape, dtype=kind, device=device)
+                for name, (shape, kind) in buffers.items()
+            }
+        except (AssertionError, RuntimeError) as error:  # the former where torch has no CUDA
+            if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+                raise ValueError(
+                    f"RetroLayer: there is no device '{device}', torch {torch.__version__} sees "
+                    f"{torch.cuda.device_count()} GPUs; `python -m retro_ops info` says what there "
+                    "is"
+                ) from error
+            if "allocate memory" not in str(error) and "Storage size" not in str(error):
+                raise
+            bytes_ = wave_buffer.bytes_of(buffers)
+            raise MemoryError(
+                f"RetroLayer: {self.batch_size} rows of max_length {self.max_length:,} tokens take "
+                f"{bytes_ / 1e9:,.2f} GB, which {device} has not; make max_length or batch_size "
+                "smaller"
+            ) from error
 
     @staticmethod
     def free_bytes(device: torch.device) -> int:
@@ -193,6 +224,8 @@ class RetroLayer(nn.Module):
                 f"RetroLayer.prefill: a prompt of {tokens} tokens exceeds max_length "
                 f"{self.max_length}; make the layer or cache with a larger max_length"
             )
+        if starts is not None:
+            self._check_tensor("prefill", "starts", starts)
         if starts is None:
             starts = torch.zeros(self.batch_size, dtype=torch.int64, device=keys.device)
         elif tuple(starts.shape) != (self.batch_size,) or starts.dtype not in (
@@ -336,7 +369,16 @@ class RetroLayer(nn.Module):
             ValueError: a row holds fewer tokens, or would lose indexed ones; no row has changed
                 then. The device is waited for.
         """
-        keep = torch.as_tensor(lengths, dtype=torch.int64).cpu().expand(self.batch_size).tolist()
+        kept_of_rows = torch.as_tensor(lengths)
+        if (
+            list(kept_of_rows.shape) not in ([], [1], [self.batch_size])
+            or kept_of_rows.dtype not in _INTEGERS
+        ):
+            raise ValueError(
+                f"RetroLayer.crop: lengths must be one whole number, or [{self.batch_size}] of "
+                f"them, got {lengths!r}"
+            )
+        keep = kept_of_rows.long().cpu().expand(self.batch_size).tolist()
         for row, (kept, counts) in enumerate(zip(keep, self.counters.tolist(), strict=True)):
             indexed, steady = counts[Counter.INDEXED_TOKENS], counts[Counter.STEADY_TOKENS]
             if not 0 <= kept <= indexed + steady:
@@ -372,7 +414,20 @@ class RetroLayer(nn.Module):
 
         Args:
             rows: `[B]` integers.
+
+        Raises:
+            ValueError: `rows` has another shape or dtype, or, on the CPU, names a row that is not
+                there.
         """
+        self._check_tensor("reorder", "rows", rows)
+        fits = tuple(rows.shape) == (self.batch_size,) and rows.dtype in _INTEGERS
+        if not fits or (
+            rows.device.type == "cpu" and bool(((rows < 0) | (rows >= self.batch_size)).any())
+        ):
+            raise ValueError(
+                f"RetroLayer.reorder: rows must be [{self.batch_size}] integers in "
+                f"0..{self.batch_size - 1}, got {rows.tolist()}"
+            )
         for name, buffer in self.named_buffers():
             axis, own_rows = _row_axis(name), rows.to(buffer.device)
             if name == "store" and self.offload:
@@ -392,8 +447,14 @@ class RetroLayer(nn.Module):
         """
         if rows is None:
             rows = torch.arange(self.batch_size)
+        self._check_tensor("fork", "rows", rows)
         chosen = rows.tolist()
-        if rows.dim() != 1 or not chosen or not all(0 <= row < self.batch_size for row in chosen):
+        if (
+            rows.dim() != 1
+            or rows.dtype not in _INTEGERS
+            or not chosen
+            or not all(0 <= row < self.batch_size for row in chosen)
+        ):
             raise ValueError(
                 f"RetroLayer.fork: rows must be one or more of 0..{self.batch_size - 1}, "
                 f"got {chosen}"
@@ -500,6 +561,11 @@ class RetroLayer(nn.Module):
                 "RetroLayer: an offloaded layer on a GPU cannot be moved or cast: graphs and "
                 "threads know its memory by its address; make another one, and have it "
                 "load_used_state(layer.used_state())"
+            )
+        if fn(torch.empty(0, device=self.variances.device)).dtype != torch.float32:
+            raise RuntimeError(
+                "RetroLayer: a layer cannot be cast, what it knows of clusters stays in float32; "
+                "make one with another dtype"
             )
         return super()._apply(fn, recurse)
 
@@ -630,6 +696,8 @@ class RetroLayer(nn.Module):
         name, other, letter = (
             ("key", "value", "1") if method == "decode" else ("keys", "values", "T")
         )
+        self._check_tensor(method, name, key)
+        self._check_tensor(method, other, value)
         fits = key.dim() == 4 and (key.shape[0], key.shape[1], key.shape[3]) == (
             self.batch_size,
             self.num_kv_heads,
@@ -649,6 +717,7 @@ class RetroLayer(nn.Module):
         self._check_like_layer(method, other, value)
 
     def _check_query(self, method: str, query: Tensor, tokens: int) -> None:
+        self._check_tensor(method, "query", query)
         expected = (self.batch_size, self.num_query_heads, tokens, self.head_dim)
         if tuple(query.shape) != expected:
             letter = "1" if method == "decode" else "T"
@@ -658,9 +727,16 @@ class RetroLayer(nn.Module):
             )
         self._check_like_layer(method, "query", query)
 
+    def _check_tensor(self, method: str, name: str, tensor: object) -> None:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"RetroLayer.{method}: {name} must be a tensor, got {type(tensor).__name__}"
+            )
+
     def _check_sinks(self, method: str, sinks: Tensor | None) -> None:
         if sinks is None:
             return
+        self._check_tensor(method, "sinks", sinks)
         if tuple(sinks.shape) != (self.num_query_heads,) or not sinks.is_floating_point():
             raise ValueError(
                 f"RetroLayer.{method}: sinks must be [Hq] = [{self.num_query_heads}] floating-point"
@@ -676,6 +752,7 @@ class RetroLayer(nn.Module):
         shape = (self.batch_size, keys.shape[2])
         if mask is None:
             return torch.ones(shape, dtype=torch.bool, device=keys.device)
+        self._check_tensor("extend", "mask", mask)
         if tuple(mask.shape) != shape or mask.dtype != torch.bool:
             raise ValueError(
                 f"RetroLayer.extend: mask must be [B, T] = {list(shape)} of torch.bool, "
@@ -712,6 +789,15 @@ class RetroLayer(nn.Module):
                 f"RetroLayer.{method}: {name} must be {self.store.dtype} on {self.store.device} "
                 f"like the layer, got {tensor.dtype} on {tensor.device}"
             )
+
+
+def _known_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"RetroLayer: device must be a device of torch, as 'cpu' or 'cuda:0', got {device!r}"
+        ) from None
 
 
 def _row_axis(name: str) -> int:
