@@ -37,7 +37,6 @@ COLUMNS = (
     *("export_s", "gb", "load_s", "prompt_s", "note", "wrong"),
 )
 """What a table shows of a row; the machine is in its title."""
-MODELS = (*SHAPES, *RECALL)
 RATIO = 1.05
 """What a step of the runner may cost, compared with one that is compiled in Python."""
 UNEXPLAINED = 1e-3
@@ -242,7 +241,7 @@ def run(
 
     Args:
         device: where to.
-        models: out of `MODELS`.
+        models: names of `SHAPES` and of `RECALL`.
         dtypes, contexts, batch_sizes: of the package; a context is the length of the prompt.
         tokens: generated after it.
         layers: of models with random weights; None: as many as the shape has.

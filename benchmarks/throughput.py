@@ -44,7 +44,6 @@ COLUMNS = (
 )
 """What a table shows of a row; the machine is in its title."""
 ATTENTIONS = ("dense", "retro", "retro offloaded")
-TOKENS = ("greedy", "random")
 DENSE = "throughput_dense"
 SPARE_TOKENS = 256
 """Of room behind the filled part of a cache: more than are decoded here."""

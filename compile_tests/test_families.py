@@ -70,6 +70,8 @@ from retro_ops.models.load import layer_devices, move_between, prepare, remove_m
 from retro_ops.models.prefill import LocalPrefill, attention
 from retro_ops.testing import assert_same, assert_within_budget
 
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -210,13 +212,6 @@ TINY: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
 }
 tiny = pytest.mark.parametrize("name", TINY)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch._dynamo.reset()
-    dynamo_counters.clear()
-    torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 
 
 _MODELS: dict[str, PreTrainedModel] = {}

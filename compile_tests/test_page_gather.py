@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_update_pages import zeros
 from torch import Tensor
 
 from retro_ops import page_gather
@@ -178,10 +179,6 @@ def test_more_than_the_threads_of_a_block(device: str, ranks: int) -> None:
 
 def refusable() -> Arguments:
     return make(Variant(head_dim=16), 5, 9, 6)  # pages of 4, 24 tokens
-
-
-def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
 
 
 @pytest.mark.parametrize(

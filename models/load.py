@@ -9,12 +9,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.utils._pytree import tree_map
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    Cache,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -162,19 +160,26 @@ def move_between(model: nn.Module, places: Mapping[str, Any]) -> None:
         module, device = model.get_submodule(name), _device(place)
 
         def move(
-            module: nn.Module, inputs: Any, named: dict[str, Any], device: torch.device = device
-        ) -> tuple[Any, dict[str, Any]]:
-            def there(value: Any) -> Any:
-                return value.to(device) if isinstance(value, torch.Tensor) else value
-
-            # A cache is no input to move: its layers are where they are.
-            moved = {
-                key: value if isinstance(value, Cache) else tree_map(there, value)
-                for key, value in named.items()
-            }
-            return tree_map(there, inputs), moved
+            module: nn.Module, inputs: Any, named: Any, device: torch.device = device
+        ) -> tuple[Any, Any]:
+            return moved((inputs, named), device)
 
         module._retro_move = module.register_forward_pre_hook(move, with_kwargs=True)  # type: ignore[assignment]
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Tensors on a device, in tuples, lists and dictionaries; anything else stays as it is.
+
+    A cache does: its layers are where they are.
+    """
+    if isinstance(value, torch.Tensor):
+        # Nothing would wait for a copy to the CPU.
+        return value.to(device, non_blocking=device.type != "cpu")
+    if isinstance(value, (tuple, list)):
+        return type(value)(moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    return value
 
 
 def remove_moves(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from retro_ops.models.load import remove_moves
+from retro_ops.models.load import moved, remove_moves
 from retro_ops.models.memory import known_device
 
 
@@ -43,7 +43,7 @@ class Stage(nn.Module):
         return hidden_states
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        hidden_states, kwargs = _to((hidden_states, kwargs), self.device)
+        hidden_states, kwargs = moved((hidden_states, kwargs), self.device)
         if hidden_states.shape[1] > 1:
             return self._run(hidden_states, **kwargs)
         # A graph reads the same strides in every step.
@@ -165,16 +165,4 @@ def _places(
 
 
 def _follow_weights(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return _to((args, kwargs), next(module.parameters()).device)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Tensors moved, in tuples, lists and dictionaries; anything else (a cache, say) stays."""
-    if isinstance(value, Tensor):
-        # Nothing would wait for a copy to the CPU.
-        return value.to(device, non_blocking=device.type != "cpu")
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    return value
+    return moved((args, kwargs), next(module.parameters()).device)
