@@ -162,8 +162,11 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder of snippets and commands: the checkout's files, and room for others."""
-    for name in ("README.md", "docs", "models", "examples", "benchmarks", "csrc", "retro_ops"):
+    """The current folder of snippets and commands: the checkout's files, and room for others.
+
+    Not the package itself, which Python would find here before the installed one.
+    """
+    for name in ("README.md", "docs", "models", "examples", "csrc"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
