@@ -25,11 +25,14 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 LIBRARY := retro_ops/_C.abi3.so
 RUNNER := build/retro_runner
 SOURCES := $(wildcard csrc/*.* csrc/runner/*.* compile_tests/*.cpp)
+# Modules for users: `make docs`.
+DOCUMENTED := retro_ops retro_ops.testing retro_ops.models !retro_ops.models.spread \
+    retro_ops.models.export retro_ops.models.load retro_ops.models.recall retro_ops.models.rope
 # The package as it is installed, as links; mypy knows nothing of setup.py's package_dir.
 LAYOUT := $(VENV)/layout/retro_ops
 ROOMS = $(filter-out %.so %/__pycache__,$(wildcard retro_ops/*)) $(wildcard models benchmarks)
 
-.PHONY: demo test test-gpu test-wheel bench runner lint format wheel check-wheel clean
+.PHONY: demo test test-gpu test-wheel bench runner docs lint format wheel check-wheel clean
 
 demo: $(LIBRARY)
 	$(PY) -m retro_ops demo --model recall --compile $(ARGS)
@@ -54,6 +57,14 @@ bench: $(LIBRARY)
 
 # Runs exported models without Python: docs/export.md.
 runner: $(RUNNER)
+
+# What the docstrings say, as pages. From a folder without a `retro_ops` of its own, so that pdoc
+# need not ask which one is meant; `spread` is a function of retro_ops.models, not its module.
+docs: $(LIBRARY)
+	rm -rf build/docs && mkdir -p build
+	cd build && $(CURDIR)/$(PY) -W error::UserWarning -m pdoc --docformat google \
+	    --output-directory docs $(DOCUMENTED)
+	@echo "build/docs/index.html"
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

@@ -35,7 +35,6 @@ from retro_ops.ops._contract import Counter, RequestHeader, cluster_count, retri
 from retro_ops.ops.update_pages import POLICIES
 from retro_ops.testing import make_query
 
-TRACES = ("synthetic", "layer", "recall", "recall-128k", "gemma")
 """Made ones; a layer with clustered keys and queries; built-in models."""
 CONTEXTS = {"recall": 32768, "recall-128k": 131072, "gemma": 16384}
 """Tokens of a model's prompt; the others have 131,072."""
@@ -430,7 +429,7 @@ def run(
 
     Args:
         device: where layers run; traces are replayed on the CPU.
-        traces: names out of `TRACES`.
+        traces: "synthetic", "layer", "recall", "recall-128k" or "gemma".
         contexts: tokens; None: as in `CONTEXTS`, else 131,072.
         batch_sizes: rows, of made traces and layers; models have one.
         overlaps: of made traces, fractions; of layers on a GPU, how probably a head asks again.

@@ -19,12 +19,13 @@ from retro_ops.benchmarks.decode import (
     make_layer,
     make_rows,
 )
-from retro_ops.benchmarks.timing import synchronize, time_steps
+from retro_ops.benchmarks.timing import memory_note, synchronize, time_steps
 
 OPS = ("cluster_keys", "pack_clusters", "append_tokens")
 COLUMNS = (
     *("dtype", "keys", "context", "batch", "ms", "ms_20", "ms_80", "clusters", "gflop_per_s"),
     *(f"{op}_percent" for op in OPS),
+    "note",
 )
 """What a table shows of a row; the machine is in its title."""
 
@@ -44,7 +45,11 @@ def run(
         check(device, dtype)
     facts = machine.facts(device)
     for case in cases(dtypes, kinds, contexts, batch_sizes):
-        yield [{**case.columns(), **_measure(device, *case, config, rounds), **facts}]
+        try:
+            figures = _measure(device, *case, config, rounds)
+        except (MemoryError, RuntimeError) as error:
+            figures = {"note": memory_note(error)}
+        yield [{**case.columns(), **figures, **facts}]
 
 
 class _OpTimes(TorchDispatchMode):

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from retro_ops import RetroConfig, RetroLayer
 from retro_ops.benchmarks import machine
-from retro_ops.benchmarks.timing import Timing, time_in_turn
+from retro_ops.benchmarks.timing import Timing, memory_note, time_in_turn
 from retro_ops.ops.wave_estimate import ESTIMATORS
 from retro_ops.testing import (
     assert_within_budget,
@@ -190,10 +190,8 @@ def run(
     for case in cases(dtypes, kinds, contexts, batch_sizes):
         try:
             figures = _measure(device, *case, config, rounds, copy, compare_estimators)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if "memory" not in str(error):
-                raise
-            figures = [{"attention": "both", "note": "does not fit in memory"}]
+        except (MemoryError, RuntimeError) as error:
+            figures = [{"attention": "both", "note": memory_note(error)}]
         yield [{**case.columns(), **figure, **facts} for figure in figures]
 
 

@@ -23,7 +23,7 @@ from retro_ops import RetroConfig
 from retro_ops._library import find_library
 from retro_ops.benchmarks import machine
 from retro_ops.benchmarks.prefill import make_model as make_random_model
-from retro_ops.benchmarks.timing import synchronize
+from retro_ops.benchmarks.timing import memory_note, synchronize
 from retro_ops.models import RetroCache, export_model, load_exported, load_model
 from retro_ops.models.export import state_of
 from retro_ops.models.load import RECALL
@@ -37,7 +37,6 @@ COLUMNS = (
     *("export_s", "gb", "load_s", "prompt_s", "note", "wrong"),
 )
 """What a table shows of a row; the machine is in its title."""
-MODELS = (*SHAPES, *RECALL)
 RATIO = 1.05
 """What a step of the runner may cost, compared with one that is compiled in Python."""
 UNEXPLAINED = 1e-3
@@ -242,7 +241,7 @@ def run(
 
     Args:
         device: where to.
-        models: out of `MODELS`.
+        models: names of `SHAPES` and of `RECALL`.
         dtypes, contexts, batch_sizes: of the package; a context is the length of the prompt.
         tokens: generated after it.
         layers: of models with random weights; None: as many as the shape has.
@@ -341,8 +340,8 @@ def _case(
             model.float()
             cache = _new_cache(model, config, capacity, rows)
             of_float32 = _eager(model, cache, ids, ran.tokens, None)
-        except torch.OutOfMemoryError:
-            notes.append("float32 does not fit in memory")
+        except (MemoryError, RuntimeError) as no_memory:
+            notes.append(f"float32 {memory_note(no_memory)}")
 
     wrong = []
     package_gap = worst_gap(of_package, ran.tokens)

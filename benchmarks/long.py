@@ -95,7 +95,7 @@ def run(
     """
     if window < CHECKED_STEPS or tokens % window:
         raise ValueError(
-            f"bench long: tokens must be a multiple of window, and window at least "
+            "tokens must be a multiple of window, and window at least "
             f"{CHECKED_STEPS}, got {tokens} and {window}"
         )
     check(device, dtype)
@@ -226,7 +226,7 @@ def run_model(
     answer = tokens - prompt
     if window < 2 * CHECKED_STEPS or answer < window or answer % window:
         raise ValueError(
-            f"bench long: tokens must be a multiple of window, and window at least "
+            "tokens must be a multiple of window, and window at least "
             f"{2 * CHECKED_STEPS}, got {answer} and {window}"
         )
     facts = machine.facts(model.device)

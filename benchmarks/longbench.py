@@ -52,7 +52,8 @@ def read_samples(data: str, tasks: Sequence[str]) -> dict[str, list[dict[str, An
                 if name.endswith(".jsonl")
             }
     else:
-        raise ValueError(f"--data must be a directory, a .zip or 'hub', got {data!r}")
+        what = "is no zip archive" if path.is_file() else "is not there"
+        raise ValueError(f"--data must be a directory, a .zip or 'hub', got {data!r}, which {what}")
     return {task: _parse(task, found, str(path)) for task in tasks}
 
 

@@ -40,7 +40,7 @@ def run(
         ValueError: the device is no GPU: nothing counts what a CPU was given.
     """
     if device.type != "cuda":
-        raise ValueError(f"bench memory: needs a GPU, got {str(device)!r}")
+        raise ValueError(f"it needs a GPU, got {str(device)!r}; `info --model` plans without one")
     facts = machine.facts(device)
     for name in models:
         for context in contexts:

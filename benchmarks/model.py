@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine
 from retro_ops.benchmarks.prefill import make_model
-from retro_ops.benchmarks.timing import Timing, clean, synchronize, time_steps
+from retro_ops.benchmarks.timing import Timing, clean, memory_note, synchronize, time_steps
 from retro_ops.models import RetroCache
 from retro_ops.models.load import layer_devices
 from retro_ops.models.shapes import SHAPES
@@ -100,8 +100,8 @@ def _measure_or_say_why_not(
 ) -> dict[str, Any]:
     try:
         return _measure(model, attention, tokens, rows, config, rounds)
-    except torch.OutOfMemoryError:
-        return {"attention": attention, "note": "does not fit in memory"}
+    except (MemoryError, RuntimeError) as error:
+        return {"attention": attention, "note": memory_note(error)}
     finally:
         clean(model.device)
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine
-from retro_ops.benchmarks.timing import clean, synchronize, time_steps
+from retro_ops.benchmarks.timing import clean, memory_note, synchronize, time_steps
 from retro_ops.models import RetroCache
 from retro_ops.models.shapes import SHAPES, first_layers
 
@@ -70,8 +70,8 @@ def run(
                         model = make_model(SHAPES[shape](), dtype, device)
                         figures |= _measure_whole(model, context, config, offloaded)
                         del model
-                except torch.OutOfMemoryError:
-                    figures = {"note": "does not fit in memory"}
+                except (MemoryError, RuntimeError) as error:
+                    figures = {"note": memory_note(error)}
                 clean(device)
                 yield {**case, **figures, **facts}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine
 from retro_ops.benchmarks.model import SPARE_TOKENS, fill_retro
-from retro_ops.benchmarks.timing import clean, synchronize, time_steps
+from retro_ops.benchmarks.timing import clean, memory_note, synchronize, time_steps
 from retro_ops.models import spread
 from retro_ops.models.memory import GIB, HOST
 from retro_ops.models.plan import Plan, Planner
@@ -57,18 +56,30 @@ def run(
         config: budgets and sizes.
         offload: keep keys and values in host memory.
         rounds: timed steps.
+
+    Raises:
+        ValueError: there are more devices than layers; nothing is measured then.
     """
     facts = machine.facts(devices[0])
     model_config = first_layers(SHAPES[shape](), layers)
+    if len(devices) > model_config.num_hidden_layers:
+        raise ValueError(
+            f"devices must be 1 to {model_config.num_hidden_layers}, one layer or more for each, "
+            f"got {len(devices)}"
+        )
     alone: dict[tuple[int, int], float] = {}
     for used in (list(devices[:1]), list(devices)):
         places = tuple(
             torch.cuda.mem_get_info(device)[1] for device in used if device.type == "cuda"
         )
-        model, planner = None, None
-        with contextlib.suppress(torch.OutOfMemoryError, ValueError):  # the weights do not fit
+        model, planner, note = None, None, ""
+        try:
             planner = Planner(model_config, config, dtype=dtype, offload=offload, devices=places)
             model = make_model(model_config, dtype, used, planner.layer_places)
+        except ValueError as error:  # the planner's, about weights
+            note = str(error)
+        except (MemoryError, RuntimeError) as error:
+            note = memory_note(error)
         for tokens in contexts:
             for rows in batch_sizes:
                 figure: dict[str, object] = {
@@ -80,6 +91,9 @@ def run(
                     "devices": len(used),
                     "offload": offload,
                 }
+                if model is None:
+                    yield [{**figure, "note": note, **facts}]
+                    continue
                 figure |= _measure(model, used, tokens, rows, config, offload, rounds)
                 if planner is not None and "gib" in figure:
                     plan = planner.plan(tokens + SPARE_TOKENS, rows)
@@ -146,7 +160,7 @@ def make_model(
 
 @torch.inference_mode()
 def _measure(
-    model: PreTrainedModel | None,
+    model: PreTrainedModel,
     devices: Sequence[torch.device],
     tokens: int,
     rows: int,
@@ -154,8 +168,6 @@ def _measure(
     offload: bool,
     rounds: int,
 ) -> dict[str, Any]:
-    if model is None:
-        return {"note": "the weights do not fit"}
     gpus = [device for device in devices if device.type == "cuda"]
     try:
         cache = fill_retro(model, tokens, rows, config, offload=offload)
@@ -170,8 +182,8 @@ def _measure(
                 synchronize(device)
 
         timing = time_steps(devices[0], step, rounds=rounds)
-    except torch.OutOfMemoryError:
-        return {"note": "does not fit in memory"}
+    except (MemoryError, RuntimeError) as error:
+        return {"note": memory_note(error)}
     finally:
         clean(devices[0])
     gib = [torch.cuda.max_memory_allocated(device) / GIB for device in gpus]

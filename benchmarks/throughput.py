@@ -29,7 +29,7 @@ from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine, prefill
 from retro_ops.benchmarks.buffer import import_pyplot
 from retro_ops.benchmarks.decode import check, dense_calls
-from retro_ops.benchmarks.timing import Timing, clean, synchronize, time_in_turn
+from retro_ops.benchmarks.timing import Timing, clean, memory_note, synchronize, time_in_turn
 from retro_ops.models import RetroCache
 from retro_ops.models.memory import Memory, bytes_of, free_memory
 from retro_ops.models.plan import CONTEXT_BYTES, LIBRARY_BYTES, Planner, largest
@@ -44,7 +44,6 @@ COLUMNS = (
 )
 """What a table shows of a row; the machine is in its title."""
 ATTENTIONS = ("dense", "retro", "retro offloaded")
-TOKENS = ("greedy", "random")
 DENSE = "throughput_dense"
 SPARE_TOKENS = 256
 """Of room behind the filled part of a cache: more than are decoded here."""
@@ -104,9 +103,7 @@ def run(
         AssertionError: retro or dense attention is wrong; nothing is timed then.
     """
     if steps + WARM_UP + 3 > SPARE_TOKENS:
-        raise ValueError(
-            f"bench throughput: steps must be at most {SPARE_TOKENS - WARM_UP - 3}, got {steps}"
-        )
+        raise ValueError(f"steps must be at most {SPARE_TOKENS - WARM_UP - 3}, got {steps}")
     if plot is not None:
         import_pyplot()
     check(device, dtype)
@@ -172,8 +169,8 @@ def _best(
         except NotImplementedError as error:
             yield {**figure, "note": str(error)}
             return
-        except torch.OutOfMemoryError:
-            figure["note"] = "does not fit in memory"
+        except (MemoryError, RuntimeError) as error:
+            figure["note"] = memory_note(error)
         clean(study.device)
         figures.append(figure)
         done = [each for each in figures if "ms" in each]
@@ -222,7 +219,10 @@ class _Study:
         offload = attention == "retro offloaded"
         try:
             figures = prefill.measure_layer(self.model, self.tokens, self.config, offload, rounds=1)
-        except (NotImplementedError, torch.OutOfMemoryError):
+        except NotImplementedError:
+            return {}
+        except (MemoryError, RuntimeError) as error:
+            memory_note(error)
             return {}
         finally:
             clean(self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,33 @@ L2_BYTES = 1 << 28
 Reading empties the cache as a model's weights do between two layers. Writing would fill it with
 lines that the timed call must then wait for to be written back.
 """
+
+
+def no_room(error: BaseException) -> str | None:
+    """Why something did not run for want of memory, for a row of figures; None: for another reason.
+
+    Args:
+        error: a MemoryError (of a check before anything is allocated), or what torch raises where
+            an allocation fails: torch.OutOfMemoryError on a GPU, RuntimeError on the host.
+    """
+    if isinstance(error, MemoryError):
+        return f"does not fit in memory: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "does not fit in memory"
+    asked = re.search(r"allocate memory: you tried to allocate (\d+) bytes", str(error))
+    if asked:
+        return f"does not fit in memory: {int(asked[1]) / 1e9:,.1f} GB at once"
+    # A size that no 64 bits can hold; pinned memory.
+    lacks = ("Storage size calculation overflowed", "cudaHostAlloc", "out of memory")
+    return "does not fit in memory" if any(words in str(error) for words in lacks) else None
+
+
+def memory_note(error: Exception) -> str:
+    """What `no_room` says of an error; raises it anew if it is for another reason."""
+    note = no_room(error)
+    if note is None:
+        raise error
+    return note
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,13 @@ def settings_are_restored() -> Iterator[None]:
 
 
 @pytest.fixture
+def fresh_compiler() -> None:
+    """No graph of an earlier test, and counters of this one only."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture
 def one_thread() -> None:
     """For many small calls: where another process holds a core, threads wait longer than they work.
 

@@ -125,7 +125,7 @@ def refusable(device: str) -> Arguments:
         ),
         (
             {"counters": torch.zeros(14, 2, dtype=torch.int64).T},
-            "counters must be contiguous",
+            "counters must be contiguous, got strides [1, 2]",
         ),
         ({"max_length": -1}, "max_length must not be negative, got -1"),
     ],

@@ -357,7 +357,7 @@ def test_bench_shapes_are_those_of_models() -> None:
 
 def test_bench_memory_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "memory", "--device", "cpu"]) == 2
-    assert "bench memory: needs a GPU, got 'cpu'" in capsys.readouterr().err
+    assert "needs a GPU, got 'cpu'; `info --model` plans" in capsys.readouterr().err
 
 
 def test_calls_take_turns() -> None:

@@ -96,7 +96,10 @@ def refusable(device: str) -> Arguments:
             {"counters": torch.zeros(2, 14, dtype=torch.bool)},
             "counters must be torch.int64, got torch.bool",
         ),
-        ({"counters": torch.zeros(14, 2, dtype=torch.int64).T}, "counters must be contiguous"),
+        (
+            {"counters": torch.zeros(14, 2, dtype=torch.int64).T},
+            "counters must be contiguous, got strides [1, 2]",
+        ),
     ],
 )
 def test_rejects(device: str, change: Arguments, message: str) -> None:

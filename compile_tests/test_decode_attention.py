@@ -296,7 +296,10 @@ def refusable(device: str) -> Arguments:
             {"counters": torch.zeros(2, 14, dtype=torch.int32)},
             "counters must be torch.int64, got torch.int32",
         ),
-        ({"counters": torch.zeros(14, 2, dtype=torch.int64).T}, "counters must be contiguous"),
+        (
+            {"counters": torch.zeros(14, 2, dtype=torch.int64).T},
+            "counters must be contiguous, got strides [1, 2]",
+        ),
         ({"retrieval_budget": 1.5}, "retrieval_budget must lie in 0..1, got 1.5"),
         ({"retrieval_budget": math.nan}, "retrieval_budget must lie in 0..1, got nan"),
         ({"estimation_budget": -0.25}, "estimation_budget must lie in 0..1, got -0.25"),

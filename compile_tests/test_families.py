@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +69,8 @@ from retro_ops.models.generate import make_cache as make_any_cache
 from retro_ops.models.load import layer_devices, move_between, prepare, remove_moves
 from retro_ops.models.prefill import LocalPrefill, attention
 from retro_ops.testing import assert_same, assert_within_budget
+
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
 ROOT = Path(__file__).parents[1]
 
@@ -211,13 +212,6 @@ TINY: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
 }
 tiny = pytest.mark.parametrize("name", TINY)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch._dynamo.reset()
-    dynamo_counters.clear()
-    torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 
 
 _MODELS: dict[str, PreTrainedModel] = {}
@@ -746,23 +740,6 @@ def test_refuses_what_a_prefill_must_not_return() -> None:
     with pytest.raises(ValueError, match="prefill_attention must return") as error:
         model(make_prompt(1, 9), past_key_values=make_cache(model, prefill_attention=wrong))
     one_line(error, "[1, 4, 9, 128] of torch.float32, got [1, 9, 4, 128] of torch.float32")
-
-
-def test_the_document_runs() -> None:
-    """All of it that needs no model of the hub."""
-    text = (ROOT / "docs/models.md").read_text("utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    here = [snippet for snippet in snippets if "Qwen/" not in snippet]
-    assert len(snippets) - len(here) == 3
-    assert len(here) == 3
-    names: dict[str, Any] = {}
-    for snippet in here:
-        exec(snippet, names)
-        model = names["model"].to("cpu")
-        with torch.no_grad():
-            out = model(make_prompt(1, 100), past_key_values=names["cache"])
-            expected = model(make_prompt(1, 100))
-        torch.testing.assert_close(out.logits, expected.logits)
 
 
 # Refusals

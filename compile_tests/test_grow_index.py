@@ -188,7 +188,7 @@ def refusable(device: str) -> Arguments:
         ),
         (
             {"totals": torch.zeros(2, 2, 64, 2).transpose(2, 3)},
-            "totals must be contiguous",
+            "totals must be contiguous, got strides [256, 128, 1, 2]",
         ),
         (
             {"counters": torch.zeros(3, 6, dtype=torch.int64)},

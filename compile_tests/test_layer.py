@@ -20,6 +20,7 @@ from retro_ops.testing import (
     make_kv,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The index is used from 52 tokens on, and grows every 32.
 SMALL = RetroConfig(
@@ -638,13 +639,6 @@ def test_inference_mode_and_no_grad() -> None:
 
 
 # Compiling
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch._dynamo.reset()
-    dynamo_counters.clear()
-    torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 
 
 def graphs() -> int:

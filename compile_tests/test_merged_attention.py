@@ -218,7 +218,10 @@ def refusable(device: str) -> Arguments:
             {"counters": torch.zeros(2, 14, dtype=torch.uint8)},
             "counters must be torch.int64, got torch.uint8",
         ),
-        ({"counters": torch.zeros(14, 2, dtype=torch.int64).T}, "counters must be contiguous"),
+        (
+            {"counters": torch.zeros(14, 2, dtype=torch.int64).T},
+            "counters must be contiguous, got strides [1, 2]",
+        ),
         (
             {"estimate": torch.zeros(2, 2, 64)},
             "estimate must be [B, Hq, D] = [2, 4, 64], got [2, 2, 64]",
@@ -515,8 +518,8 @@ def paged_and_refusable() -> Arguments:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pages": None}, "pages and page_table must be given together"),
-        ({"page_table": None}, "pages and page_table must be given together"),
+        ({"pages": None}, "pages and page_table must be given together, got page_table only"),
+        ({"page_table": None}, "pages and page_table must be given together, got pages only"),
         (
             {"addresses": torch.zeros(2, 2, 5, 2, dtype=torch.int64)},
             "addresses must be [B, Hkv, R, 3] = [2, 2, any, 3], got [2, 2, 5, 2]",

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from test_layer import graphs
 from torch import Tensor, nn
-from torch._dynamo.utils import counters as dynamo_counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -43,6 +43,8 @@ from retro_ops.models.attention import OTHER_MASK, retro_attention, retro_mask
 from retro_ops.models.cache import RetroCacheLayer, SlidingCacheLayer
 from retro_ops.ops._contract import Counter
 from retro_ops.testing import assert_same, assert_within_budget
+
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
 VOCABULARY = 97
 # The index is used from 52 tokens on, and grows every 32.
@@ -412,17 +414,6 @@ def test_stats() -> None:
 
 
 # Compiling
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch._dynamo.reset()
-    dynamo_counters.clear()
-    torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
-
-
-def graphs() -> int:
-    return int(dynamo_counters["stats"]["unique_graphs"])
 
 
 @torch.no_grad()

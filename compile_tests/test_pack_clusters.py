@@ -218,7 +218,7 @@ def refusable(device: str) -> Arguments:
         ),
         (
             {"offsets": torch.zeros(2, 7, 2, dtype=torch.int32).transpose(1, 2)},
-            "offsets must be contiguous",
+            "offsets must be contiguous, got strides [14, 1, 2]",
         ),
         (
             {"variances": torch.zeros(2, 2, 7)},
@@ -230,7 +230,7 @@ def refusable(device: str) -> Arguments:
         ),
         (
             {"variances": torch.zeros(2, 6, 2).transpose(1, 2)},
-            "variances must be contiguous",
+            "variances must be contiguous, got strides [12, 1, 2]",
         ),
         (
             {"totals": torch.zeros(2, 2, 32)},
@@ -242,7 +242,7 @@ def refusable(device: str) -> Arguments:
         ),
         (
             {"totals": torch.zeros(2, 2, 64, 2).transpose(2, 3)},
-            "totals must be contiguous",
+            "totals must be contiguous, got strides [256, 128, 1, 2]",
         ),
         (
             {"counters": torch.zeros(1, 6, dtype=torch.int64)},
@@ -254,7 +254,7 @@ def refusable(device: str) -> Arguments:
         ),
         (
             {"counters": torch.zeros(14, 2, dtype=torch.int64).T},
-            "counters must be contiguous",
+            "counters must be contiguous, got strides [1, 2]",
         ),
         ({"cluster_size": 0}, "cluster_size must be at least 1 token, got 0"),
     ],

@@ -169,6 +169,7 @@ def test_hard_dependencies_are_torch_and_numpy(metadata: Message) -> None:
         "flash",
         "eval",
         "plot",
+        "docs",
         "dev",
     }
 
@@ -398,35 +399,3 @@ def test_room_rules_allow(module: str, source: str, tmp_path: Path) -> None:
     path.write_text(source)
     ((_, name, on_import),) = imports(module, path)
     assert complaint(module, name, on_import) is None
-
-
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/export.md",
-        "docs/models.md",
-        "docs/performance.md",
-        "docs/wave_buffer.md",
-    ],
-)
-def test_document_names_files_that_exist(document: str) -> None:
-    text = (ROOT / document).read_text("utf-8")
-    rooms = "|".join((*ROOMS, "csrc", "compile_tests", "examples", r"\.ci"))
-    paths = re.findall(rf"`((?:{rooms})/[\w./*-]*)`", text)
-    assert [path for path in paths if not any(ROOT.glob(path.rstrip("/")))] == []
-
-
-def test_snippets_of_the_readme_run() -> None:
-    snippets = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
-    )
-    assert len(snippets) >= 2
-    for snippet in snippets:
-        run_python(snippet, cwd=ROOT)
-
-
-def test_readme_lists_every_op() -> None:
-    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
-    assert set(listed) == set(retro_ops.__all__) - {"RetroConfig", "RetroLayer"}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_update_pages import zeros
 from torch import Tensor
 
 from retro_ops import page_gather
@@ -180,10 +181,6 @@ def refusable() -> Arguments:
     return make(Variant(head_dim=16), 5, 9, 6)  # pages of 4, 24 tokens
 
 
-def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -252,7 +249,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         ),
         (
             {"decisions": zeros(2, 8, 2).transpose(1, 2)},
-            "decisions must be contiguous",
+            "decisions must be contiguous, got strides [16, 1, 2]",
         ),
         (
             {"requests": zeros(2, 2, 7)},

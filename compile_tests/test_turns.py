@@ -22,6 +22,7 @@ from test_layer import (
     Tokens,
     assert_unchanged,
     dense_runs,
+    graphs,
     make_layer,
     run,
     snapshot,
@@ -40,7 +41,6 @@ from test_models import (
     state_of,
 )
 from torch import Tensor, nn
-from torch._dynamo.utils import counters as dynamo_counters
 from transformers import LlamaConfig
 
 from retro_ops import RetroConfig, RetroLayer, turn
@@ -57,7 +57,7 @@ from retro_ops.testing import (
     relative_error,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 offloads = pytest.mark.parametrize("offload", [False, True], ids=["fast", "offloaded"])
 
 
@@ -295,16 +295,6 @@ def test_a_turn_has_no_backward(place: int) -> None:
 
 
 # Compiling
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch._dynamo.reset()
-    dynamo_counters.clear()
-
-
-def graphs() -> int:
-    return int(dynamo_counters["stats"]["unique_graphs"])
 
 
 @pytest.mark.parametrize("new", [25, 50])

@@ -116,7 +116,10 @@ def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             {"requests": zeros(2, 2, 8, dtype=torch.int64)},
             "requests must be torch.int32, got torch.int64",
         ),
-        ({"requests": zeros(2, 8, 2).transpose(1, 2)}, "requests must be contiguous"),
+        (
+            {"requests": zeros(2, 8, 2).transpose(1, 2)},
+            "requests must be contiguous, got strides [16, 1, 2]",
+        ),
         ({"requests": zeros(2, 2, 2)}, "requests must hold 3 + R >= 3 columns, got 2"),
         (
             {"cached": zeros(2, 3, 9, dtype=torch.uint8)},

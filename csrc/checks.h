@@ -143,7 +143,12 @@ inline void check_device(
 }
 
 inline void check_contiguous(const char* op, const char* name, const Tensor& tensor) {
-  check(tensor.is_contiguous(), op, name, " must be contiguous");
+  if (tensor.is_contiguous()) return;
+  std::ostringstream strides;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+    strides << (axis ? ", " : "") << tensor.stride(axis);
+  }
+  fail(op, name, " must be contiguous, got strides [", strides.str(), "]");
 }
 
 inline void check_counters(const char* op, const Tensor& counters, int64_t rows) {

@@ -58,7 +58,7 @@ inline Call<MergedAttentionParams> merged_attention_call(
   check_dtype(kOp, "store", store, query.scalar_type());
   check(
       pages.has_value() == page_table.has_value(), kOp,
-      "pages and page_table must be given together");
+      "pages and page_table must be given together, got ", pages ? "pages" : "page_table", " only");
   const int64_t columns = pages ? 3 : 2;
   check_shape(
       kOp, "addresses", addresses, pages ? "B, Hkv, R, 3" : "B, Hkv, R, 2",

@@ -26,7 +26,10 @@ UNSUPPORTED_WITH_CACHE = {
     "indices": "a choice of tokens by the model",
     "block_indices": "a choice of tokens by the model",
 }
-OTHER_MASK = "RetroCache supports causal masks with left padding only; this model adds to them"
+OTHER_MASK = (
+    "RetroCache supports causal masks with left padding only; this model adds to them: use a "
+    "DynamicCache"
+)
 
 
 def retro_attention(
@@ -91,7 +94,8 @@ def retro_attention(
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(
-            f"RetroCache is for causal attention, {type(module).__name__} is bidirectional"
+            f"RetroCache is for causal attention, {type(module).__name__} is bidirectional; "
+            "use a DynamicCache"
         )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(

@@ -271,7 +271,8 @@ class RetroCacheLayer(CacheLayerMixin):
                 f"RetroCache.crop: cannot remove {tokens} tokens, only {length - padded} came "
                 "after the padding of the latest turn"
                 if padded
-                else f"RetroCache.crop: cannot remove {tokens} of {length} tokens"
+                else f"RetroCache.crop: cannot remove {tokens} of {length} tokens; reset() forgets "
+                "all of them"
             )
         if self.retro is None:
             return
@@ -523,7 +524,10 @@ class SlidingCacheLayer(CacheLayerMixin):
         """Raises ValueError unless the latest `tokens` tokens can be forgotten."""
         length = int(self.cumulative_length)
         if tokens > length:
-            raise ValueError(f"RetroCache.crop: cannot remove {tokens} of {length} tokens")
+            raise ValueError(
+                f"RetroCache.crop: cannot remove {tokens} of {length} tokens; reset() forgets all "
+                "of them"
+            )
         if tokens and length > self.past:
             raise ValueError(
                 f"RetroCache.crop: cannot remove {tokens} tokens: after {length} a sliding-window "
@@ -610,6 +614,7 @@ class RetroCache(Cache):
     several devices has each layer's KV beside its weights.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: the model has layers that retro attention cannot serve, its rotary embedding
             would switch in a context of `max_cache_len`, or a number is out of range.
     """
@@ -624,6 +629,21 @@ class RetroCache(Cache):
         offload: bool = False,
         prefill_attention: PrefillAttention | None = None,
     ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                "RetroCache: config must be the config of a model, model.config, got "
+                f"{type(config).__name__}"
+            )
+        if retro_config is not None and not isinstance(retro_config, RetroConfig):
+            raise TypeError(f"RetroCache: retro_config must be a RetroConfig, got {retro_config!r}")
+        for name, number in (("max_cache_len", max_cache_len), ("batch_size", batch_size)):
+            if not isinstance(number, int):
+                raise TypeError(f"RetroCache: {name} must be an int, got {number!r}")
+        if prefill_attention is not None and not callable(prefill_attention):
+            raise TypeError(
+                "RetroCache: prefill_attention must be a function, as LocalPrefill(), got "
+                f"{prefill_attention!r}"
+            )
         if max_cache_len < 1 or batch_size < 1:
             raise ValueError(
                 "RetroCache: max_cache_len and batch_size must be at least 1, "
@@ -678,6 +698,14 @@ class RetroCache(Cache):
     ) -> tuple[Any, Any]:
         """Hands new tokens to a layer, if the cache can take them; see `Cache.update`.
 
+        Args:
+            key_states: `[B, Hkv, T, D]`, float32, bfloat16 or float16, after rotary embedding.
+            value_states: like `key_states`.
+            layer_idx: of the layer in the model.
+
+        Returns:
+            What the attention function `retro` takes for keys and values.
+
         Raises:
             ValueError: wrong number of rows, or a prompt longer than `max_cache_len`.
             RuntimeError: a row would exceed `max_cache_len`.
@@ -697,7 +725,14 @@ class RetroCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def early_initialization(self, batch_size: int, *args: Any, **kwargs: Any) -> None:
-        """Allocates all layers now instead of with their first tokens; see `Cache`."""
+        """Allocates all layers now instead of with their first tokens; see `Cache`.
+
+        Args:
+            batch_size: rows, as the cache was made for.
+
+        Raises:
+            ValueError: another number of rows.
+        """
         self._check_rows(batch_size)
         super().early_initialization(batch_size, *args, **kwargs)
         _mark_last(self.retro_layers)
@@ -737,6 +772,8 @@ class RetroCache(Cache):
         """
         if rows is None:
             rows = torch.arange(self._rows)
+        if not isinstance(rows, Tensor) or rows.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"RetroCache.fork: rows must be a tensor of integers, got {rows!r}")
         chosen = rows.tolist()
         if rows.dim() != 1 or not chosen or not all(0 <= row < self._rows for row in chosen):
             raise ValueError(
@@ -756,8 +793,14 @@ class RetroCache(Cache):
 
         Args:
             path: replaced, if it is there, when all is written.
+
+        Raises:
+            OSError: the file cannot be written there.
         """
         path = Path(path)
+        if path.is_dir() or not path.parent.is_dir():
+            what = "it is a folder" if path.is_dir() else f"there is no folder '{path.parent}'"
+            raise FileNotFoundError(f"RetroCache.save: cannot write {str(path)!r}: {what}")
         tensors = {
             f"{index}.{name}": tensor.contiguous().cpu()
             for index, layer in enumerate(self.layers)
@@ -780,6 +823,8 @@ class RetroCache(Cache):
         try:
             save_file(tensors, unfinished, metadata={"header": json.dumps(header)})
             unfinished.replace(path)
+        except SafetensorError as error:
+            raise OSError(f"RetroCache.save: cannot write {str(path)!r}: {error}") from error
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -843,6 +888,7 @@ class RetroCache(Cache):
                 f"RetroCache.load: device must be one, or one for each of the {len(cache.layers)} "
                 f"layers, got {len(places)}"
             )
+        places = [memory.known_device("RetroCache.load", place) for place in places]
         if "0.steady" in tensors:
             cache._check_memory(*tensors["0.steady"].to(places[0]))
         for index, (layer, place) in enumerate(zip(cache.layers, places, strict=True)):
@@ -865,13 +911,27 @@ class RetroCache(Cache):
         return cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Not possible: memory is allocated once."""
+        """Not possible: memory is allocated once.
+
+        Args:
+            repeats: rows for each row.
+
+        Raises:
+            NotImplementedError: always; `fork` makes a cache of more rows.
+        """
         raise NotImplementedError(
             "RetroCache cannot change its number of rows; make one with the batch_size you need"
         )
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Not possible: memory is allocated once."""
+        """Not possible: memory is allocated once.
+
+        Args:
+            indices: `[R]` integers, rows to keep.
+
+        Raises:
+            NotImplementedError: always; `fork` makes a cache of other rows.
+        """
         self.batch_repeat_interleave(1)
 
     @property
@@ -979,7 +1039,7 @@ def _check_header(
             if held.get(name) != asked.get(name):
                 raise ValueError(
                     f"{where} is of another {what}: {name} is {held.get(name)!r} there, "
-                    f"{asked.get(name)!r} here"
+                    f"{asked.get(name)!r} here; load it with the {what} that it was made with"
                 )
 
 

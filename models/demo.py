@@ -83,6 +83,12 @@ def recall_demo(
             f"not a recall model: its vocabulary has {model.config.vocab_size} tokens, not 1024; "
             "give other models text with --data-path"
         )
+    limit = longest_context(model.config)
+    if limit is not None and context + 5 * questions > limit:
+        raise ValueError(
+            f"a context of {context} tokens and {questions} questions of 5 exceed the {limit} "
+            "tokens that the model reads; make the context smaller"
+        )
     task = make_task(context, records, questions, batch_size=batch_size, seed=seed)
     results = []
     for attention in attentions:

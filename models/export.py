@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -167,11 +168,15 @@ def export_model(
 
     Raises:
         ValueError: a number is out of range, or retro attention cannot serve the model.
-        OSError: there is no C++ compiler.
+        OSError: there is no C++ compiler, or no folder for the package.
     """
     path = Path(path)
     if path.suffix != ".pt2":
         raise ValueError(f"a package must be a file *.pt2, got {str(path)!r}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise FileNotFoundError(
+            f"cannot write {str(path)!r}: '{path.parent}' is no folder that can be written to"
+        )
     if context < MIN_CONTEXT or batch_size < 1:
         raise ValueError(
             f"context must be at least {MIN_CONTEXT} tokens and batch_size at least 1, "
@@ -526,7 +531,9 @@ def load_exported(path: str | Path, device: torch.device | str | None = None) ->
             f"with --device {place.type}"
         )
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{path} was exported for cuda, and there is no GPU here")
+        raise ValueError(
+            f"{path} was exported for cuda, and there is no GPU here; export it with --device cpu"
+        )
     programs = load_pt2(
         str(path),
         run_single_threaded=True,

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from torch.utils._pytree import tree_map
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    Cache,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-from retro_ops.models import gemma, rope
+from retro_ops.models import gemma, memory, rope
 from retro_ops.models.attention import NAME
 from retro_ops.models.support import check_model
 
@@ -88,15 +87,14 @@ def load_model(
         )
     if context is not None and context < 1:
         raise ValueError(f"load_model: context must be at least 1, got {context}")
+    if device is not None:
+        device = memory.known_device("load_model", device)
     dtype = _known_dtype(dtype)
     path = find_model(name)
     config = kwargs.pop("config", None)
-    try:
-        if config is None:
-            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-            config = AutoConfig.from_pretrained(path, **hub)
-    except OSError as error:
-        raise no_model(name) from error
+    if config is None:
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        config = read_config(name, path, **hub)
     prepare(config, attention=attention, context=context, rope_parameters=rope_parameters)
     if device is None and device_map is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,19 +160,26 @@ def move_between(model: nn.Module, places: Mapping[str, Any]) -> None:
         module, device = model.get_submodule(name), _device(place)
 
         def move(
-            module: nn.Module, inputs: Any, named: dict[str, Any], device: torch.device = device
-        ) -> tuple[Any, dict[str, Any]]:
-            def there(value: Any) -> Any:
-                return value.to(device) if isinstance(value, torch.Tensor) else value
-
-            # A cache is no input to move: its layers are where they are.
-            moved = {
-                key: value if isinstance(value, Cache) else tree_map(there, value)
-                for key, value in named.items()
-            }
-            return tree_map(there, inputs), moved
+            module: nn.Module, inputs: Any, named: Any, device: torch.device = device
+        ) -> tuple[Any, Any]:
+            return moved((inputs, named), device)
 
         module._retro_move = module.register_forward_pre_hook(move, with_kwargs=True)  # type: ignore[assignment]
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Tensors on a device, in tuples, lists and dictionaries; anything else stays as it is.
+
+    A cache does: its layers are where they are.
+    """
+    if isinstance(value, torch.Tensor):
+        # Nothing would wait for a copy to the CPU.
+        return value.to(device, non_blocking=device.type != "cpu")
+    if isinstance(value, (tuple, list)):
+        return type(value)(moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    return value
 
 
 def remove_moves(model: nn.Module) -> None:
@@ -230,13 +235,29 @@ def layer_devices(model: nn.Module) -> list[torch.device]:
 def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer of a model, padding on the left.
 
+    Args:
+        name: as in `load_model`.
+
+    Returns:
+        transformers' tokenizer; its end token pads, if it has none for that.
+
     Raises:
         FileNotFoundError: there is no such model, or it has no tokenizer.
     """
+    path = find_model(name)
+    if not Path(path).is_dir():
+        read_config(name, path)  # says so where there is no such model at all
     try:
-        tokenizer = AutoTokenizer.from_pretrained(find_model(name), padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"model {str(name)!r} has no tokenizer that loads") from error
+        raise FileNotFoundError(
+            f"model {str(name)!r} has no tokenizer that loads; "
+            + (
+                "recall models read token ids: take another model for text"
+                if str(name) in RECALL
+                else "put the files of its tokenizer beside its config.json"
+            )
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -264,6 +285,31 @@ def _known_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
             f"load_model: dtype must be one of auto, {', '.join(DTYPES)}, got {str(dtype)!r}"
         )
     return known
+
+
+def read_config(name: str | Path, path: str, **hub: Any) -> PreTrainedConfig:
+    """The config of a model.
+
+    Args:
+        name: of the model, for messages.
+        path: what `find_model` made of it.
+        **hub: some of `HUB_ARGUMENTS`.
+
+    Raises:
+        FileNotFoundError: there is no such model, or it cannot be reached.
+        ValueError: the config is of no model that transformers knows.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise no_model(name)
+    try:
+        return AutoConfig.from_pretrained(path, **hub)
+    except OSError as error:
+        raise no_model(name) from error
+    except ValueError as error:
+        raise ValueError(
+            f"model {str(name)!r}: transformers {transformers.__version__} makes nothing of its "
+            f"config.json: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def no_model(name: str | Path) -> FileNotFoundError:

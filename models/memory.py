@@ -55,6 +55,29 @@ def place_of(device: torch.device) -> str:
     return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
 
 
+def known_device(who: str, device: Any) -> torch.device:
+    """A device that is there, of what a caller gave.
+
+    Args:
+        who: begins the message.
+
+    Raises:
+        ValueError: it is none, or a GPU that is not there.
+    """
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"{who}: a device must be one of torch's, as 'cpu' or 'cuda:0', got {device!r}"
+        ) from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{who}: there is no device '{place}', torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} GPUs; `python -m retro_ops info` says what there is"
+        )
+    return place
+
+
 def layer_bytes(layer: Any, keys: Tensor, values: Tensor) -> dict[str, int]:
     """Bytes of a layer's buffers by name, before they are allocated.
 

@@ -23,12 +23,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from retro_ops import RetroConfig, RetroLayer
 from retro_ops.models.cache import RetroCache, RetroCacheLayer
-from retro_ops.models.load import find_model, no_model
+from retro_ops.models.load import find_model, read_config
 from retro_ops.models.memory import (
     HOST,
     Memory,
@@ -247,14 +247,11 @@ def load_config(name: str) -> PreTrainedConfig:
         name: of `SHAPES`, or as for `load_model`.
 
     Raises:
-        FileNotFoundError: there is no such model, or it cannot be reached.
+        FileNotFoundError, ValueError: as `read_config`.
     """
     if name in SHAPES:
         return SHAPES[name]()
-    try:
-        return AutoConfig.from_pretrained(find_model(name))
-    except OSError as error:
-        raise no_model(name) from error
+    return read_config(name, find_model(name))
 
 
 def check_weights(

@@ -14,7 +14,8 @@ class PrefillAttention(Protocol):
 
     It replaces exact attention where a prompt is read, and nothing else: what the layer indexes,
     decode steps, later turns and sliding-window layers are what they were. It may be sparse; its
-    error goes into the hidden states that later layers see.
+    error goes into the hidden states that later layers see. Any function with the arguments of
+    `__call__` is one.
     """
 
     def __call__(

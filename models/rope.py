@@ -85,6 +85,11 @@ def override(config: PreTrainedConfig, rope_parameters: Mapping[str, Any]) -> No
         raise ValueError(
             f"rope_parameters: {type(config).__name__} has no rotary embedding to change"
         )
+    if not isinstance(rope_parameters, Mapping):
+        raise ValueError(
+            "rope_parameters must be a dictionary, as {'rope_type': 'yarn', 'factor': 4.0}, got "
+            f"{rope_parameters!r}"
+        )
     given: dict[Any, Any] = {None: rope_parameters} if None in current else dict(rope_parameters)
     for kind, own in given.items():
         if kind not in current or not isinstance(own, Mapping):

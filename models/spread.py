@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from retro_ops.models.load import remove_moves
+from retro_ops.models.load import moved, remove_moves
+from retro_ops.models.memory import known_device
 
 
 class Stage(nn.Module):
@@ -42,7 +43,7 @@ class Stage(nn.Module):
         return hidden_states
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        hidden_states, kwargs = _to((hidden_states, kwargs), self.device)
+        hidden_states, kwargs = moved((hidden_states, kwargs), self.device)
         if hidden_states.shape[1] > 1:
             return self._run(hidden_states, **kwargs)
         # A graph reads the same strides in every step.
@@ -95,7 +96,7 @@ def spread(
             f"spread needs a decoder with a list of layers, {type(decoder).__name__} has none"
         )
     if is_spread(model):
-        raise ValueError("the model is spread already")
+        raise ValueError("the model is spread already; load it anew to lay it out otherwise")
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if len(kinds) > 1:
         raise ValueError(
@@ -142,6 +143,12 @@ def _places(
         return [(device, nn.ModuleList(layer for _, layer in own)) for device, own in groups]
     if devices is None:
         devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    devices = [known_device("spread", device) for device in devices]
+    if not 1 <= len(devices) <= len(layers):
+        raise ValueError(
+            f"spread: devices must be 1 to {len(layers)}, one layer or more for each, "
+            f"got {len(devices)}"
+        )
     if counts is None:
         share, more = divmod(len(layers), len(devices))
         counts = [share + (i < more) for i in range(len(devices))]
@@ -158,16 +165,4 @@ def _places(
 
 
 def _follow_weights(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return _to((args, kwargs), next(module.parameters()).device)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Tensors moved, in tuples, lists and dictionaries; anything else (a cache, say) stays."""
-    if isinstance(value, Tensor):
-        # Nothing would wait for a copy to the CPU.
-        return value.to(device, non_blocking=device.type != "cpu")
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    return value
+    return moved((args, kwargs), next(module.parameters()).device)

@@ -98,16 +98,22 @@ def check_model(config: PreTrainedConfig) -> list[str]:
             "it does not support; use a DynamicCache"
         )
     if getattr(text_config, "num_hidden_layers", None) is None:
-        raise ValueError(f"RetroCache: {name} has no num_hidden_layers; it is no decoder it knows")
+        raise ValueError(
+            f"RetroCache: {name} has no num_hidden_layers, so it is no decoder that it knows; "
+            "use a DynamicCache"
+        )
     layer_types, _ = get_layer_types_and_kwargs(text_config)
     for index, kind in enumerate(layer_types):
         if kind not in LAYER_TYPES:
             raise ValueError(
                 f"RetroCache: layer {index} of {name} is of type {kind!r}; "
-                "only full_attention and sliding_attention layers are supported"
+                "only full_attention and sliding_attention layers are supported; use a DynamicCache"
             )
     if "sliding_attention" in layer_types and not getattr(text_config, "sliding_window", None):
-        raise ValueError(f"RetroCache: {name} has sliding-window layers, but no sliding_window")
+        raise ValueError(
+            f"RetroCache: {name} has sliding-window layers, but no sliding_window; set it in the "
+            "config"
+        )
     model_class = _model_class(config)
     if model_class is not None and model_class._is_stateful:
         raise ValueError(
@@ -123,7 +129,8 @@ def check_model(config: PreTrainedConfig) -> list[str]:
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     if head_dim % 16 or not 16 <= head_dim <= 256:
         raise ValueError(
-            f"RetroCache: head_dim must be a multiple of 16 from 16 to 256, {name} has {head_dim}"
+            f"RetroCache: head_dim must be a multiple of 16 from 16 to 256, {name} has {head_dim}; "
+            "use a DynamicCache"
         )
     return list(layer_types)
 

@@ -21,7 +21,9 @@ from retro_ops.cli_parts import (
     add_budgets,
     add_command,
     add_device,
+    add_dtype,
     add_json,
+    add_seed,
     budgets,
     device_of,
     dtype_name,
@@ -50,9 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, OSError, NotImplementedError, ImportError, MemoryError) as error:
-        print(f"{options.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+        said = str(error)
+    except RuntimeError as error:
+        from retro_ops.benchmarks.timing import no_room
+
+        why = no_room(error)
+        if why is None:
+            raise
+        said = f"{why}; make the context or the batch smaller"
+    else:
+        return 0
+    print(f"{options.prog}: {' '.join(said.split())}", file=sys.stderr)
+    return 2
 
 
 def _add_demo(commands: Any) -> None:
@@ -81,12 +92,7 @@ def _add_demo(commands: Any) -> None:
         "without it, facts are hidden in prose",
     )
     parser.add_argument("--max-new-tokens", type=number(2), default=16, help="text models")
-    parser.add_argument(
-        "--dtype",
-        type=dtype_name,
-        choices=DTYPES,
-        help="of the model (float32 on a CPU, else bfloat16)",
-    )
+    add_dtype(parser)
     add_device(parser)
     parser.add_argument(
         "--compile",
@@ -94,7 +100,7 @@ def _add_demo(commands: Any) -> None:
         default=False,
         help="compile retro's decode step into one graph",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    add_seed(parser, 0)
     add_json(parser)
     add_budgets(parser)
 
@@ -119,11 +125,12 @@ def _demo(options: argparse.Namespace) -> None:
         if options.model in RECALL and prompts is None:
             context = options.context or 32768
             records = options.records or max(context // 16, 1)
+            questions = options.questions or min(64, records)
             results = demo.recall_demo(
                 model,
                 context=context,
                 records=records,
-                questions=options.questions or 64,
+                questions=questions,
                 seed=options.seed,
                 **shared,
             )
@@ -187,12 +194,7 @@ def _add_export(commands: Any) -> None:
     )
     parser.add_argument("--batch-size", type=number(1), default=1, help="rows; no other number")
     parser.add_argument("--out", type=package_file, default="model.pt2", metavar="FILE")
-    parser.add_argument(
-        "--dtype",
-        type=dtype_name,
-        choices=DTYPES,
-        help="of the model (float32 on a CPU, else bfloat16)",
-    )
+    add_dtype(parser)
     add_device(parser)
     add_json(parser)
     add_budgets(parser)
@@ -249,12 +251,7 @@ def _add_evaluation(parser: Parser, out: str) -> None:
         action=argparse.BooleanOptionalAction,
         help="put prompts into the model's chat template (if it has one)",
     )
-    parser.add_argument(
-        "--dtype",
-        type=dtype_name,
-        choices=DTYPES,
-        help="of the model (float32 on a CPU, else bfloat16)",
-    )
+    add_dtype(parser)
     add_device(parser)
     parser.add_argument(
         "--compile",
@@ -349,7 +346,7 @@ def _add_ruler(commands: Any) -> None:
     parser.add_argument("--context", type=numbers, default="4096", help="tokens, with the answer")
     parser.add_argument("--tasks", default="all", help="names with commas")
     parser.add_argument("--samples", type=number(1), default=25, help="of each task and length")
-    parser.add_argument("--seed", type=int, default=42)
+    add_seed(parser, 42)
     parser.add_argument(
         "--essays", type=Path, metavar="DIR", help="*.txt to hide facts in (generated prose)"
     )
@@ -471,7 +468,9 @@ def _add_info(commands: Any) -> None:
     )
     group.add_argument("--batch-size", type=number(1), default=1, help="rows at once")
     group.add_argument("--offload", action="store_true", help="KV stores in the host's memory")
-    group.add_argument("--dtype", choices=DTYPES, help="of the model (as its config says)")
+    group.add_argument(
+        "--dtype", type=dtype_name, choices=DTYPES, help="of the model (as its config says)"
+    )
     group.add_argument(
         "--prefill-chunk", type=number(2), help="tokens of a prompt at once (all of them)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +20,13 @@ from retro_ops.cli_parts import (
     add_budgets,
     add_command,
     add_device,
+    add_dtype,
     add_json,
+    add_seed,
     budgets,
     device,
     device_of,
+    dtype_names,
     dtype_of,
     fractions,
     names,
@@ -56,7 +60,7 @@ def add_bench(commands: Any) -> None:
         kind.add_argument("--context", type=numbers, default="32768,131072", help="tokens")
         kind.add_argument("--batch", type=numbers, default="1", help="rows")
         dtypes = "bfloat16" if name == "model" else "bfloat16,float32"
-        kind.add_argument("--dtype", type=names(tuple(DTYPES)), default=dtypes)
+        kind.add_argument("--dtype", type=dtype_names, default=dtypes)
         if name == "model":
             kind.add_argument("--shape", type=names(SHAPES), default=SHAPES[0])
         else:
@@ -162,7 +166,7 @@ def _add_bench_long(kinds: Any) -> None:
     kind.add_argument("--tokens", type=number(1), default=16384, help="of the answer")
     kind.add_argument("--window", type=number(1), default=2048, help="tokens of a row of figures")
     kind.add_argument("--batch", type=number(1), default=1, help="rows")
-    kind.add_argument("--dtype", choices=DTYPES, default="float32")
+    add_dtype(kind, "of the model or layer", default="float32")
     kind.add_argument("--keys", choices=KINDS, default=KINDS[0])
     _add_files(kind)
     add_budgets(kind)
@@ -220,7 +224,7 @@ def _add_model_bench(kinds: Any, name: str, run: Any, help_: str, context: str) 
     kind.add_argument("--model", type=names(SHAPES), default=SHAPES[0], help="a shape")
     add_device(kind)
     kind.add_argument("--context", type=numbers, default=context, help="tokens")
-    kind.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    add_dtype(kind, "of the model", default="bfloat16")
     kind.add_argument("--offload", action="store_true", help="KV stores in the host's memory")
     _add_files(kind)
     add_budgets(kind)
@@ -418,9 +422,7 @@ def _add_bench_accuracy(kinds: Any) -> None:
     estimators.add_argument("--change", help="names with commas: ranking, mass, ... (all)")
     for kind in (recall, fidelity):
         kind.add_argument("--batch", type=number(1), default=1, help="rows, each another text")
-        kind.add_argument(
-            "--dtype", choices=DTYPES, help="of the model (float32 on a CPU, else bfloat16)"
-        )
+        add_dtype(kind)
         add_device(kind)
     recall.add_argument("--model", choices=("recall", "recall-128k"), default="recall-128k")
     recall.add_argument("--context", type=numbers, default="4096,8192,16384", help="tokens")
@@ -432,7 +434,7 @@ def _add_bench_accuracy(kinds: Any) -> None:
     )
     recall.add_argument("--attention", type=names(ATTENTIONS), default="dense,retro")
     recall.add_argument("--questions", type=number(1), default=64, help="for each row")
-    recall.add_argument("--seed", type=int, default=0)
+    add_seed(recall, 0)
     recall.add_argument("--plot", type=new_file, metavar="FILE.png", help="draw the curves")
     fidelity.add_argument("--model", default="gemma", help="as in demo")
     fidelity.add_argument("--text", default="prose", help=text)
@@ -559,7 +561,7 @@ def _add_bench_export(kinds: Any) -> None:
     )
     kind.add_argument("--context", type=numbers, default="4096", help="tokens of the prompt")
     kind.add_argument("--batch", type=numbers, default="1", help="rows")
-    kind.add_argument("--dtype", type=names(tuple(DTYPES)), default="float32")
+    kind.add_argument("--dtype", type=dtype_names, default="float32")
     kind.add_argument("--tokens", type=number(2), default=64, help="generated")
     kind.add_argument("--layers", type=number(1), help="of random weights (as many as the shape)")
     kind.add_argument(
@@ -584,8 +586,13 @@ def _bench_export(options: argparse.Namespace) -> None:
 
     if options.folder is not None and not options.folder.is_dir():
         raise ValueError(f"--folder must be a folder that is there, got '{options.folder}'")
-    if options.runner is not None and not options.runner.is_file():
-        raise ValueError(f"--runner must be the program retro_runner, got '{options.runner}'")
+    if options.runner is not None:
+        if not options.runner.is_file() or not os.access(options.runner, os.X_OK):
+            raise ValueError(
+                f"--runner must be the program retro_runner, got '{options.runner}'; `make runner` "
+                "builds it"
+            )
+        options.runner = options.runner.resolve()
     rows: list[dict[str, Any]] = []
     lists = (options.model, options.dtype, options.context, options.batch)
     total = math.prod(len(values) for values in lists)
@@ -615,7 +622,9 @@ def _bench_export(options: argparse.Namespace) -> None:
             rows += case
     _report(options, rows, export.COLUMNS)
     if any(row["wrong"] for row in rows):
-        raise SystemExit(f"{options.prog}: the figures above are wrong where a row says so")
+        raise SystemExit(
+            f"{options.prog}: the figures above are wrong where a row says so, in its column wrong"
+        )
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(low: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `low` on."""
+    """A parser of whole numbers from `low` on, as far as torch can count (63 bits)."""
 
     def parse(text: str) -> int:
         try:
@@ -41,6 +42,8 @@ def number(low: int) -> Callable[[str], int]:
             value = low - 1
         if value < low:
             raise argparse.ArgumentTypeError(f"must be a whole number from {low} on, got {text!r}")
+        if value >= 1 << 63:
+            raise argparse.ArgumentTypeError(f"must be less than 2^63, got {text!r}")
         return value
 
     return parse
@@ -85,22 +88,43 @@ def dtype_name(text: str) -> str:
     return SHORT_DTYPES.get(text, text)
 
 
+def dtype_names(text: str) -> list[str]:
+    """A parser of a list of dtypes with commas, by their full or short names."""
+    return names(tuple(DTYPES))(",".join(map(dtype_name, text.split(","))))
+
+
 def device(text: str) -> str:
     """A parser of devices that are there."""
     kind, _, index = text.partition(":")
     there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
     if not there or (index and not (index.isdecimal() and int(index) < there)):
         kinds = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(kinds)}, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be one of {', '.join(kinds)}, got {text!r}{_why_no_gpu(kind)}"
+        )
     return text
+
+
+def _why_no_gpu(kind: str) -> str:
+    if kind != "cuda" or torch.cuda.device_count():
+        return ""
+    why = "sees no GPU" if torch.version.cuda else "was built without CUDA"
+    return f": torch {torch.__version__} {why}; `info` says more"
 
 
 def new_file(text: str) -> Path:
     """A parser of files to write: refused before the work, not after it."""
     path = Path(text)
-    if not path.parent.is_dir() or path.is_dir():
-        raise argparse.ArgumentTypeError(f"cannot write {text!r}: no such folder, or a folder")
-    return path
+    folder = path.parent
+    if path.is_dir():
+        why = "it is a folder; name a file in it"
+    elif not folder.is_dir():
+        why = f"there is no folder '{folder}'"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        why = "it may not be written to" if path.exists() else f"'{folder}' may not be written to"
+    else:
+        return path
+    raise argparse.ArgumentTypeError(f"cannot write {text!r}: {why}")
 
 
 def add_command(commands: Any, name: str, run: Any, help_: str) -> Parser:
@@ -116,6 +140,16 @@ def add_command(commands: Any, name: str, run: Any, help_: str) -> Parser:
 
 def add_device(parser: Parser) -> None:
     parser.add_argument("--device", type=device, help="cpu or cuda (cuda if there is one)")
+
+
+def add_dtype(
+    parser: Parser, help_: str = "of the model (float32 on a CPU, else bfloat16)", **options: Any
+) -> None:
+    parser.add_argument("--dtype", type=dtype_name, choices=DTYPES, help=help_, **options)
+
+
+def add_seed(parser: Parser, default: int) -> None:
+    parser.add_argument("--seed", type=number(0), default=default, help="the same, the same data")
 
 
 def add_json(parser: Parser) -> None:
@@ -148,7 +182,7 @@ def device_of(options: argparse.Namespace) -> torch.device:
 def dtype_of(options: argparse.Namespace) -> str:
     """The name of the dtype that was asked for, else of the one that models have on the device."""
     named: str | None = options.dtype
-    return named or ("float32" if str(device_of(options)) == "cpu" else "bfloat16")
+    return named or ("float32" if device_of(options).type == "cpu" else "bfloat16")
 
 
 def write_json(path: Path | None, figures: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 from retro_ops.ops.wave_estimate import ESTIMATORS
@@ -60,6 +59,8 @@ class RetroConfig:
                 not isinstance(value, int | float) or isinstance(value, bool)
             ):
                 raise TypeError(f"RetroConfig: {field.name} must be a number, got {value!r}")
+            if field.type == "float" and not 0 <= value <= 1:  # NaN, too
+                raise ValueError(f"RetroConfig: {field.name} must lie in 0..1, got {value}")
             # One type a field, whatever it was given as: a compiled graph is made for types.
             if field.type == "float":
                 object.__setattr__(self, field.name, float(value))
@@ -76,10 +77,6 @@ class RetroConfig:
                 raise ValueError(
                     f"RetroConfig: {name} must be at least {low}, got {getattr(self, name)}"
                 )
-        for name in ("retrieval_budget", "estimation_budget", "cache_ratio"):
-            value = getattr(self, name)
-            if math.isnan(value) or not 0 <= value <= 1:
-                raise ValueError(f"RetroConfig: {name} must lie in 0..1, got {value}")
         if self.segment_size < self.cluster_size:
             raise ValueError(
                 f"RetroConfig: segment_size must be at least cluster_size ({self.cluster_size}), "

@@ -19,6 +19,9 @@ from retro_ops.ops._contract import (
 )
 from retro_ops.ops.update_pages import DEFAULT_POLICY, POLICIES
 
+INT32_MAX = 2**31 - 1
+_INTEGERS = (torch.int32, torch.int64)
+
 
 class RetroLayer(nn.Module):
     """Keys and values of one attention layer, read sparsely by every new token.
@@ -42,8 +45,10 @@ class RetroLayer(nn.Module):
             `copy.deepcopy` (see `fork`) or exported.
 
     Raises:
-        ValueError: a number or dtype is out of range.
-        MemoryError: host or GPU have no room for an offloaded layer on a GPU.
+        TypeError: `config` or a number is something else.
+        ValueError: a number or dtype is out of range, or the device is not there.
+        MemoryError: the host has no room for the layer, or host or GPU have none for an offloaded
+            one on a GPU. Others on a GPU raise torch.OutOfMemoryError.
     """
 
     steady: Tensor  # [2, B, Hkv, S, D]
@@ -82,14 +87,21 @@ class RetroLayer(nn.Module):
         _growth_delay: int = 0,
     ) -> None:
         super().__init__()
-        for name, number in (
-            ("batch_size", batch_size),
-            ("num_query_heads", num_query_heads),
-            ("num_kv_heads", num_kv_heads),
-            ("max_length", max_length),
-        ):
-            if number < 1:
-                raise ValueError(f"RetroLayer: {name} must be at least 1, got {number}")
+        if not isinstance(config, RetroConfig):
+            raise TypeError(f"RetroLayer: config must be a RetroConfig, got {config!r}")
+        numbers = {
+            "batch_size": batch_size,
+            "num_query_heads": num_query_heads,
+            "num_kv_heads": num_kv_heads,
+            "max_length": max_length,
+            "head_dim": head_dim,
+        }
+        for name, number in numbers.items():
+            if not isinstance(number, int):
+                raise TypeError(f"RetroLayer: {name} must be an int, got {number!r}")
+            if name != "head_dim" and not 1 <= number <= INT32_MAX:  # int32 counts slots
+                bound = "at least 1" if number < 1 else f"at most {INT32_MAX}"
+                raise ValueError(f"RetroLayer: {name} must be {bound}, got {number}")
         if num_query_heads % num_kv_heads:
             raise ValueError(
                 "RetroLayer: num_query_heads must be a multiple of num_kv_heads, "
@@ -141,22 +153,49 @@ class RetroLayer(nn.Module):
             buffers |= wave_buffer.shapes(
                 config, groups, tokens, clusters, self.max_retrieved, head_dim, dtype
             )
-        device = torch.device(device)
-        if self._shares_host_memory(device):
-            made = wave_buffer.allocate(buffers, device, _layers_to_come)
-        else:
-            made = {
-                name: torch.zeros(shape, dtype=kind, device=device)
-                for name, (shape, kind) in buffers.items()
-            }
-        for name, buffer in made.items():
+        for name, buffer in self._made(buffers, _known_device(device), _layers_to_come).items():
             self.register_buffer(name, buffer)
         if offload:
             wave_buffer.clear(self)
 
+    def _made(
+        self, buffers: wave_buffer.Shapes, device: torch.device, layers_to_come: int
+    ) -> dict[str, Tensor]:
+        """The buffers, allocated."""
+        try:
+            if self._shares_host_memory(device):
+                return wave_buffer.allocate(buffers, device, layers_to_come)
+            return {
+                name: torch.zeros(shape, dtype=kind, device=device)
+                for name, (shape, kind) in buffers.items()
+            }
+        except (AssertionError, RuntimeError) as error:  # the former where torch has no CUDA
+            if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+                raise ValueError(
+                    f"RetroLayer: there is no device '{device}', torch {torch.__version__} sees "
+                    f"{torch.cuda.device_count()} GPUs; `python -m retro_ops info` says what there "
+                    "is"
+                ) from error
+            if "allocate memory" not in str(error) and "Storage size" not in str(error):
+                raise
+            bytes_ = wave_buffer.bytes_of(buffers)
+            raise MemoryError(
+                f"RetroLayer: {self.batch_size} rows of max_length {self.max_length:,} tokens take "
+                f"{bytes_ / 1e9:,.2f} GB, which {device} has not; make max_length or batch_size "
+                "smaller"
+            ) from error
+
     @staticmethod
     def free_bytes(device: torch.device) -> int:
-        """Bytes that can be allocated now: on a GPU, or for any other device on the host."""
+        """Bytes that can be allocated now.
+
+        Args:
+            device: a GPU, or any other device for the host.
+
+        Returns:
+            Of a GPU what the driver and torch's allocator have left, of the host what the machine
+            and the process's cgroup have.
+        """
         if device.type == "cuda":
             return wave_buffer.free_device_bytes(device)
         return wave_buffer.free_host_bytes()
@@ -186,6 +225,8 @@ class RetroLayer(nn.Module):
                 f"RetroLayer.prefill: a prompt of {tokens} tokens exceeds max_length "
                 f"{self.max_length}; make the layer or cache with a larger max_length"
             )
+        if starts is not None:
+            self._check_tensor("prefill", "starts", starts)
         if starts is None:
             starts = torch.zeros(self.batch_size, dtype=torch.int64, device=keys.device)
         elif tuple(starts.shape) != (self.batch_size,) or starts.dtype not in (
@@ -317,7 +358,11 @@ class RetroLayer(nn.Module):
         return out
 
     def extend_bytes(self, tokens: int) -> int:
-        """About the bytes that `extend` of `tokens` tokens works in, besides its result."""
+        """About the bytes that `extend` works in, besides its result.
+
+        Args:
+            tokens: T, new tokens of each row.
+        """
         return turn.working_bytes(self, tokens)
 
     def crop(self, lengths: Tensor | int) -> None:
@@ -335,7 +380,16 @@ class RetroLayer(nn.Module):
             ValueError: a row holds fewer tokens, or would lose indexed ones; no row has changed
                 then. The device is waited for.
         """
-        keep = torch.as_tensor(lengths, dtype=torch.int64).cpu().expand(self.batch_size).tolist()
+        kept_of_rows = torch.as_tensor(lengths)
+        if (
+            list(kept_of_rows.shape) not in ([], [1], [self.batch_size])
+            or kept_of_rows.dtype not in _INTEGERS
+        ):
+            raise ValueError(
+                f"RetroLayer.crop: lengths must be one whole number, or [{self.batch_size}] of "
+                f"them, got {lengths!r}"
+            )
+        keep = kept_of_rows.long().cpu().expand(self.batch_size).tolist()
         for row, (kept, counts) in enumerate(zip(keep, self.counters.tolist(), strict=True)):
             indexed, steady = counts[Counter.INDEXED_TOKENS], counts[Counter.STEADY_TOKENS]
             if not 0 <= kept <= indexed + steady:
@@ -371,7 +425,20 @@ class RetroLayer(nn.Module):
 
         Args:
             rows: `[B]` integers.
+
+        Raises:
+            ValueError: `rows` has another shape or dtype, or, on the CPU, names a row that is not
+                there.
         """
+        self._check_tensor("reorder", "rows", rows)
+        fits = tuple(rows.shape) == (self.batch_size,) and rows.dtype in _INTEGERS
+        if not fits or (
+            rows.device.type == "cpu" and bool(((rows < 0) | (rows >= self.batch_size)).any())
+        ):
+            raise ValueError(
+                f"RetroLayer.reorder: rows must be [{self.batch_size}] integers in "
+                f"0..{self.batch_size - 1}, got {rows.tolist()}"
+            )
         for name, buffer in self.named_buffers():
             axis, own_rows = _row_axis(name), rows.to(buffer.device)
             if name == "store" and self.offload:
@@ -391,8 +458,14 @@ class RetroLayer(nn.Module):
         """
         if rows is None:
             rows = torch.arange(self.batch_size)
+        self._check_tensor("fork", "rows", rows)
         chosen = rows.tolist()
-        if rows.dim() != 1 or not chosen or not all(0 <= row < self.batch_size for row in chosen):
+        if (
+            rows.dim() != 1
+            or rows.dtype not in _INTEGERS
+            or not chosen
+            or not all(0 <= row < self.batch_size for row in chosen)
+        ):
             raise ValueError(
                 f"RetroLayer.fork: rows must be one or more of 0..{self.batch_size - 1}, "
                 f"got {chosen}"
@@ -437,6 +510,9 @@ class RetroLayer(nn.Module):
         """Replaces whatever the layer holds with what `used_state` of another layer gave.
 
         The other one may have had another `max_length` and `offload`; everything else is the same.
+
+        Args:
+            state: buffers by name, each as far as it is in use, on any device.
 
         Raises:
             ValueError: a tensor is missing or not one of this layer's, or does not fit into it; the
@@ -497,6 +573,11 @@ class RetroLayer(nn.Module):
                 "threads know its memory by its address; make another one, and have it "
                 "load_used_state(layer.used_state())"
             )
+        if fn(torch.empty(0, device=self.variances.device)).dtype != torch.float32:
+            raise RuntimeError(
+                "RetroLayer: a layer cannot be cast, what it knows of clusters stays in float32; "
+                "make one with another dtype"
+            )
         return super()._apply(fn, recurse)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RetroLayer:
@@ -527,24 +608,25 @@ class RetroLayer(nn.Module):
         """Counters since the last prefill or reset, summed over rows; waits for the device.
 
         Returns:
-            steps: decode steps (of the batch).
-            steady_tokens, indexed_tokens, clusters: what the rows hold now.
-            updates: segments that became clusters while decoding, or in a short turn.
-            retrieved_tokens: tokens retrieved, over KV heads and steps.
-            page_hits, page_misses: pages of retrieved clusters that were in the page cache, and
-                those that were not; 0 unless offloaded, like the next four.
-            slow_bytes_per_token: bytes of KV that one row's step reads from the slow memory, on
-                average: the tokens of missed pages.
-            page_admissions, page_evictions: clusters that came into the page cache and left it.
-            late_decisions: times that a KV head's step found no decision of the step before on what
-                may leave the page cache; always 0 on a CPU, which decides between two steps.
-            page_updates, page_update_us: decisions that threads of the host have made beside the
-                steps of a GPU since the layer was made, and microseconds from the end of their
-                gather to theirs, in sum.
-            truncated_clusters: clusters dropped for want of room; always 0: the working set has no
-                buffer that could overflow.
-            dropped_tokens: tokens that found no room in a full row on a GPU; the CPU raises.
-            bytes_read_per_token: bytes of KV and index that one row's step reads, on average.
+            - `steps`: decode steps (of the batch).
+            - `steady_tokens`, `indexed_tokens`, `clusters`: what the rows hold now.
+            - `updates`: segments that became clusters while decoding, or in a short turn.
+            - `retrieved_tokens`: tokens retrieved, over KV heads and steps.
+            - `page_hits`, `page_misses`: pages of retrieved clusters that were in the page cache,
+              and those that were not; 0 unless offloaded, like the next four.
+            - `slow_bytes_per_token`: bytes of KV that one row's step reads from the slow memory, on
+              average: the tokens of missed pages.
+            - `page_admissions`, `page_evictions`: clusters that came into the page cache and left
+              it.
+            - `late_decisions`: times that a KV head's step found no decision of the step before on
+              what may leave the page cache; always 0 on a CPU, which decides between two steps.
+            - `page_updates`, `page_update_us`: decisions that threads of the host have made beside
+              the steps of a GPU since the layer was made, and microseconds from the end of their
+              gather to theirs, in sum.
+            - `truncated_clusters`: clusters dropped for want of room; always 0: the working set has
+              no buffer that could overflow.
+            - `dropped_tokens`: tokens that found no room in a full row on a GPU; the CPU raises.
+            - `bytes_read_per_token`: bytes of KV and index that one row's step reads, on average.
         """
         rows = self.counters.tolist()
         totals = dict(zip(Counter, map(sum, zip(*rows, strict=True)), strict=True))
@@ -582,6 +664,7 @@ class RetroLayer(nn.Module):
         }
 
     def extra_repr(self) -> str:
+        """What `print(layer)` shows in brackets."""
         return (
             f"batch_size={self.batch_size}, num_query_heads={self.num_query_heads}, "
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
@@ -624,6 +707,8 @@ class RetroLayer(nn.Module):
         name, other, letter = (
             ("key", "value", "1") if method == "decode" else ("keys", "values", "T")
         )
+        self._check_tensor(method, name, key)
+        self._check_tensor(method, other, value)
         fits = key.dim() == 4 and (key.shape[0], key.shape[1], key.shape[3]) == (
             self.batch_size,
             self.num_kv_heads,
@@ -643,6 +728,7 @@ class RetroLayer(nn.Module):
         self._check_like_layer(method, other, value)
 
     def _check_query(self, method: str, query: Tensor, tokens: int) -> None:
+        self._check_tensor(method, "query", query)
         expected = (self.batch_size, self.num_query_heads, tokens, self.head_dim)
         if tuple(query.shape) != expected:
             letter = "1" if method == "decode" else "T"
@@ -652,9 +738,16 @@ class RetroLayer(nn.Module):
             )
         self._check_like_layer(method, "query", query)
 
+    def _check_tensor(self, method: str, name: str, tensor: object) -> None:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"RetroLayer.{method}: {name} must be a tensor, got {type(tensor).__name__}"
+            )
+
     def _check_sinks(self, method: str, sinks: Tensor | None) -> None:
         if sinks is None:
             return
+        self._check_tensor(method, "sinks", sinks)
         if tuple(sinks.shape) != (self.num_query_heads,) or not sinks.is_floating_point():
             raise ValueError(
                 f"RetroLayer.{method}: sinks must be [Hq] = [{self.num_query_heads}] floating-point"
@@ -670,6 +763,7 @@ class RetroLayer(nn.Module):
         shape = (self.batch_size, keys.shape[2])
         if mask is None:
             return torch.ones(shape, dtype=torch.bool, device=keys.device)
+        self._check_tensor("extend", "mask", mask)
         if tuple(mask.shape) != shape or mask.dtype != torch.bool:
             raise ValueError(
                 f"RetroLayer.extend: mask must be [B, T] = {list(shape)} of torch.bool, "
@@ -706,6 +800,15 @@ class RetroLayer(nn.Module):
                 f"RetroLayer.{method}: {name} must be {self.store.dtype} on {self.store.device} "
                 f"like the layer, got {tensor.dtype} on {tensor.device}"
             )
+
+
+def _known_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"RetroLayer: device must be a device of torch, as 'cpu' or 'cuda:0', got {device!r}"
+        ) from None
 
 
 def _row_axis(name: str) -> int:

@@ -84,6 +84,11 @@ def clear_buffers(buffers: Mapping[str, Tensor]) -> None:
     free[:, :, len(FreeHeader) :] = torch.arange(count, dtype=torch.int32, device=free.device)
 
 
+def bytes_of(shapes: Shapes) -> int:
+    """Bytes of buffers."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+
+
 def allocate(shapes: Shapes, device: torch.device, layers: int) -> dict[str, Tensor]:
     """The buffers of an offloaded layer on a GPU; those of `ON_HOST` in host memory.
 

@@ -3,8 +3,7 @@
 It speaks token ids of a vocabulary of 1024; there is no tokenizer.
 """
 
-from __future__ import annotations
-
+# Annotations of a NamedTuple are what its fields say they are, so they are no strings here.
 from typing import NamedTuple
 
 import torch

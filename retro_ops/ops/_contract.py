@@ -135,7 +135,10 @@ def check_rows(op: str, name: str, tensor: Tensor) -> None:
 
 def check_contiguous(op: str, name: str, tensor: Tensor) -> None:
     """Raises unless `tensor` is contiguous."""
-    torch._check(tensor.is_contiguous(), lambda: f"{op}: {name} must be contiguous")
+    torch._check(
+        tensor.is_contiguous(),
+        lambda: f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}",
+    )
 
 
 def check_at_least(op: str, name: str, number: int, lowest: int, what: str = "") -> None:

@@ -145,7 +145,10 @@ def _(
     contract.check_dtype(OP, "store", store, query.dtype)
     torch._check(
         (pages is None) == (page_table is None),
-        lambda: f"{OP}: pages and page_table must be given together",
+        lambda: (
+            f"{OP}: pages and page_table must be given together, "
+            f"got {'page_table' if pages is None else 'pages'} only"
+        ),
     )
     columns = 2 if pages is None else 3
     contract.check_shape(

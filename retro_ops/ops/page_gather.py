@@ -50,7 +50,7 @@ def page_gather(
     Args:
         retrieved: `[B, Hkv, R]` int32 cluster ids, each at most once in a row and head; -1: none.
         offsets: `[B, Hkv, C + 1]` int32: first slot of each cluster in the store.
-        store: `[2, B, Hkv, N, D]`, the slow tier.
+        store: `[2, B, Hkv, N, D]`, float32, bfloat16 or float16: the slow tier.
         pages: `[2, B, Hkv, P * page_size, D]`, store's dtype: the fast tier.
         page_table: `[B, Hkv, N / page_size + C]` int32.
         free_pages: `[B, Hkv, 2 + P]` int32: gathers so far, number of free pages, these pages.
