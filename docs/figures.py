@@ -3,10 +3,13 @@
     python docs/figures.py                      # all of them, a minute or two
     python docs/figures.py --only data_flow     # those with these names
 
-`wave_index` and `error_bytes` are of keys that a language model computed (Gemma 3 270M, on a CPU),
-`step_bytes` of made keys, `hit_ratio` of rows in `benchmarks/results/buffer.csv`; `data_flow` is a
-drawing. What figures were measured is printed. Pictures are SVG, which is text and needs no colour
-scheme: their ground is white. A picture with thousands of points is PNG.
+`wave_index`, `error_bytes` and `fields` are of keys that a language model computed (Gemma 3 270M,
+on a CPU), `step_bytes` of made keys, `hit_ratio` of rows in `benchmarks/results/buffer.csv`;
+`data_flow` is a drawing, `fields` a table. What is measured is printed.
+
+Pictures are SVG on white ground, which is text and sharp in any size; one with thousands of points
+is PNG. No Mermaid: a package index does not draw it, nor a text editor. The README links its
+picture by a relative path, with what it shows in words for those who do not get to see it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from torch import Tensor
 
 from retro_ops import RetroConfig, RetroLayer
 from retro_ops.benchmarks import quality
@@ -266,58 +270,80 @@ def step_bytes(options: argparse.Namespace) -> Figure:
 
 def error_bytes(options: argparse.Namespace) -> Figure:
     """Error of the attention output over bytes read, as either budget changes."""
-    every = recordings(options.model, options.context, options.queries)
-    exact = [quality.exact_outputs(recording) for recording in every]
-    token = 2 * every[0].keys.shape[1] * every[0].keys.shape[3] * every[0].keys.element_size()
-    dense = token * every[0].prompt
-
-    def measured(config: RetroConfig) -> tuple[float, float]:
-        """Bytes in per cent of dense, and the error, means over the layers."""
-        results = [
-            quality.measure(recording, config, out)
-            for recording, out in zip(every, exact, strict=True)
-        ]
-        size = sum(result.bytes_per_token for result in results) / len(results)
-        errors = [float(result.figures.error.mean()) for result in results]
-        return 100 * size / dense, sum(errors) / len(errors)
-
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for estimator, colour in ESTIMATORS.items():
-        base = RetroConfig(estimator=estimator, min_retrieved_clusters=0)
-        points = []
-        for budget in options.retrieval_budgets:
-            points.append(measured(replace(base, retrieval_budget=budget)))
-            say("error_bytes", f"{estimator}, retrieval {budget:g}: {points[-1][0]:.1f} % of the "
-                f"bytes, error {points[-1][1]:.4f}")  # fmt: skip
-        curve(left, points, options.retrieval_budgets, estimator, colour)
-        points = []
         default = RetroConfig(estimator=estimator)
-        for budget in options.estimation_budgets:
-            points.append(measured(replace(default, estimation_budget=budget)))
-            say("error_bytes", f"{estimator}, estimation {budget:g}: {points[-1][0]:.1f} % of the "
-                f"bytes, error {points[-1][1]:.4f}")  # fmt: skip
-        curve(right, points, options.estimation_budgets, estimator, colour)
-    left.set(xlabel="bytes, % of dense attention", ylabel="mean relative error of the output",
-             yscale="log", title="retrieval budget, no floor under it")  # fmt: skip
-    ticks = (0.02, 0.03, 0.05, 0.1, 0.2, 0.3)
-    left.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    left.set_yticks([], minor=True)
-    right.set(xlabel="bytes, % of dense attention",
-              title="estimation budget, at least 64 clusters read")  # fmt: skip
+        panels = (
+            (left, "retrieval_budget", replace(default, min_retrieved_clusters=0)),
+            (right, "estimation_budget", default),
+        )
+        for axis, field, config in panels:
+            budgets = getattr(options, f"{field}s")
+            points = []
+            for budget in budgets:
+                points.append(measured(options, replace(config, **{field: budget})))
+                say("error_bytes", f"{estimator}, {field} {budget:g}", points[-1])
+            axis.plot(*zip(*points, strict=True), "o-", markersize=4, color=colour, label=estimator)
+            for point, budget in zip(points, budgets, strict=True):
+                axis.annotate(f"{100 * budget:g} %", point, textcoords="offset points",
+                              xytext=(4, 4), fontsize=7, color=colour)  # fmt: skip
+    left.set(title="retrieval budget, no floor under it", ylabel=ERROR, xlabel=BYTES)
+    right.set(title="estimation budget, at least 64 clusters read", xlabel=BYTES)
+    logarithmic(left, (0.02, 0.03, 0.05, 0.1, 0.2, 0.3))
     left.legend(title="estimator", fontsize=8, title_fontsize=8)
     return figure
 
 
-def curve(
-    axis: Any, points: Sequence[tuple[float, float]], budgets: Sequence[float], label: str,
-    colour: str,
-) -> None:  # fmt: skip
-    """A line with the budget of each point beside it."""
-    axis.plot(*zip(*points, strict=True), "o-", markersize=4, color=colour, label=label)
-    for (x, y), budget in zip(points, budgets, strict=True):
-        axis.annotate(f"{100 * budget:g} %", (x, y), textcoords="offset points", xytext=(4, 4),
-                      fontsize=7, color=colour)  # fmt: skip
+def fields(options: argparse.Namespace) -> None:
+    """Bytes and error when one field of the defaults is changed: a table, no picture."""
+    changed: dict[str, tuple[int, ...]] = {
+        "min_retrieved_clusters": (16, 32, 128),
+        "cluster_size": (8, 32),
+        "segment_size": (2048,),
+        "kmeans_iterations": (3, 20),
+        "sink_tokens": (0, 64),
+        "local_tokens": (1, 512),
+    }
+    default = RetroConfig()
+    say("fields", "defaults", measured(options, default))
+    for field, values in changed.items():
+        for value in values:
+            point = measured(options, replace(default, **{field: value}))
+            say("fields", f"{field} {value}", point)
+
+
+BYTES = "bytes, % of dense attention"
+ERROR = "mean relative error of the output"
+
+
+def measured(options: argparse.Namespace, config: RetroConfig) -> tuple[float, float]:
+    """Bytes in per cent of dense attention's and error, means over a model's layers."""
+    every = recordings(options.model, options.context, options.queries)
+    results = [
+        quality.measure(recording, config, exact)
+        for recording, exact in zip(
+            every, exact_outputs(options.model, options.context, options.queries), strict=True
+        )
+    ]
+    keys = every[0].keys
+    dense = 2 * keys.shape[1] * every[0].prompt * keys.shape[3] * keys.element_size()
+    size = sum(result.bytes_per_token for result in results) / len(results)
+    errors = [float(result.figures.error.mean()) for result in results]
+    return 100 * size / dense, sum(errors) / len(errors)
+
+
+@cache
+def exact_outputs(model: str, context: int, queries: int) -> list[Tensor]:
+    """Dense attention of what `recordings` gives, in float64."""
+    return [quality.exact_outputs(one) for one in recordings(model, context, queries)]
+
+
+def logarithmic(axis: Any, ticks: Sequence[float]) -> None:
+    """A logarithmic y axis with these numbers on it."""
+    axis.set_yscale("log")
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_yticks([], minor=True)
 
 
 # The page cache
@@ -352,17 +378,20 @@ def hit_ratio(options: argparse.Namespace) -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[argparse.Namespace], Figure]] = {
+FIGURES: dict[str, Callable[[argparse.Namespace], Figure | None]] = {
     "data_flow": data_flow,
     "wave_index": wave_index,
     "step_bytes": step_bytes,
     "error_bytes": error_bytes,
+    "fields": fields,
     "hit_ratio": hit_ratio,
 }
 PIXELS = {"wave_index"}
 
 
-def say(figure: str, what: str) -> None:
+def say(figure: str, what: str, point: tuple[float, float] | None = None) -> None:
+    if point is not None:
+        what += f": {point[0]:.1f} % of the bytes, error {point[1]:.4f}"
     print(f"{figure}: {what}")
 
 
@@ -387,6 +416,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "retro_ops", "svg.fonttype": "none"})
     for name in options.only:
         figure = FIGURES[name](options)
+        if figure is None:
+            continue
         if name in PIXELS:
             figure.savefig(options.out / f"{name}.png", dpi=110, metadata={"Software": None})
         else:
