@@ -7,9 +7,10 @@
 on a CPU), `step_bytes` of made keys, `hit_ratio` of rows in `benchmarks/results/buffer.csv`;
 `data_flow` is a drawing, `fields` a table. What is measured is printed.
 
-Pictures are SVG on white ground, which is text and sharp in any size; one with thousands of points
-is PNG. No Mermaid: a package index does not draw it, nor a text editor. The README links its
-picture by a relative path, with what it shows in words for those who do not get to see it.
+Pictures are SVG on white ground, sharp in any size, their letters as paths, so that they look the
+same wherever fonts differ; one with thousands of points is PNG. No Mermaid: a package index does
+not draw it, nor does an editor. The README links its picture by a relative path, with what it shows
+in words for those who do not get to see it.
 """
 
 from __future__ import annotations
@@ -412,8 +413,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--estimation-budgets", type=float, nargs="+",
                         default=[0.0, 0.05, 0.1, 0.232, 0.5, 1.0])  # fmt: skip
     options = parser.parse_args(arguments)
-    # The same picture is the same file, wherever it is drawn.
-    matplotlib.rcParams.update({"svg.hashsalt": "retro_ops", "svg.fonttype": "none"})
+    # The same picture is the same file, whenever it is drawn.
+    matplotlib.rcParams.update({"svg.hashsalt": "retro_ops", "svg.fonttype": "path"})
     for name in options.only:
         figure = FIGURES[name](options)
         if figure is None:
