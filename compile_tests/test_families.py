@@ -784,9 +784,12 @@ def test_refuses_before_any_weight(name: str, tmp_path: Path) -> None:
     one_line(error, text)
 
 
-def test_the_table_of_the_readme_is_that_of_the_code() -> None:
-    table = support.family_table()
-    assert table in (ROOT / "README.md").read_text("utf-8")
+def test_the_documents_name_the_families_of_the_code() -> None:
+    assert support.family_table() in (ROOT / "docs/models.md").read_text("utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for row, status in (("work", True), ("are refused", False)):
+        names = [family.name for family in support.FAMILIES if family.works is status]
+        assert f"| models that {row} | {'; '.join(names)} |\n" in readme
     works = {family.name for family in support.FAMILIES if family.works}
     assert works == {family for family, _ in TINY.values()}
     compared = {family.name: family.compared_with for family in support.FAMILIES}

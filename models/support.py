@@ -26,7 +26,7 @@ REFUSED_FIELDS = {
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the README's table of models."""
+    """One row of the table of models in `docs/models.md`."""
 
     name: str
     works: bool
@@ -57,7 +57,7 @@ FAMILIES = (
 
 
 def family_table() -> str:
-    """`FAMILIES` as the README has them."""
+    """`FAMILIES` as `docs/models.md` has them."""
     rows = ["| family | status | structure, or why not | tested |", "|---|---|---|---|"]
     for family in FAMILIES:
         status = "works" if family.works else "refused"
