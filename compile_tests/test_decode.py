@@ -222,6 +222,7 @@ def test_growing_is_indexing_at_once(dtype: torch.dtype, estimator: str, prompt:
         min_retrieved_clusters=1,
         estimation_budget=0.5,
         estimator=estimator,
+        merged_updates=1,
     )
     length = 4 + 16 + 4 * 64
     assert prompt < 84 or (prompt - 20) % 64 == 0
