@@ -14,7 +14,7 @@ from retro_ops.ops._contract import cluster_count
 if TYPE_CHECKING:
     from retro_ops.layer import RetroLayer
 
-MERGE_ITERATIONS = 2
+MERGE_ITERATIONS = 3
 """Passes of k-means over segments that become one. It begins with their clusters: more passes gain
 little (docs/accuracy.md)."""
 
