@@ -33,8 +33,8 @@ COLUMNS = (
 )
 """What a table shows of a row; the machine is in its title."""
 MODEL_COLUMNS = (
-    *("model", "dtype", "batch", "tokens", "ms", "us", "us_20", "us_80", "growth_us", "updates"),
-    *("graphs", "error", "kl", "top1", "prompt_error", "prompt_kl", "prompt_top1"),
+    *("model", "dtype", "batch", "tokens", "ms", "us", "us_20", "us_80", "growth_us", "merge_us"),
+    *("updates", "graphs", "error", "kl", "top1", "prompt_error", "prompt_kl", "prompt_top1"),
     *("first_us", "last_us"),
 )
 CHECKED_STEPS = 64
@@ -206,7 +206,8 @@ def run_model(
     logits, mean Kullback-Leibler divergence from dense to retro attention in nats, and how often
     both would choose the same token. `prompt_...` are of the same steps, had all tokens before them
     been a prompt. `growth_us` is the median of the steps in which the index of the first layer
-    grew; no two layers grow in the same step. Models of random weights say nothing about fidelity:
+    grew, `merge_us` of those in which its latest segments also became one; no two layers grow in
+    the same step. Models of random weights say nothing about fidelity:
     their attention weighs noise. In the last row `first_us` and `last_us` are steps right after the
     prompt and at the end of the answer, timed in turn.
 
@@ -243,7 +244,8 @@ def run_model(
     layer = decoder.cache.retro_layers[0].retro
     assert layer is not None
     logits: list[Tensor] = []
-    growth: list[float] = []
+    # Microseconds of the steps in which the first layer grew, and of those in which it also merged.
+    growth: dict[bool, list[float]] = {False: [], True: []}
     done, updates = prompt, 0
     for end, expected in zip(ends, dense, strict=True):
         first_step = len(decoder.step_seconds)
@@ -254,7 +256,8 @@ def run_model(
                 logits.append(out.float().cpu())
             grown = int(layer.stats()["updates"])
             if grown > updates:
-                growth.append(1e6 * decoder.step_seconds[-1])
+                merged = config.merged_updates > 1 and grown % (config.merged_updates * rows) == 0
+                growth[merged].append(1e6 * decoder.step_seconds[-1])
             updates = grown
         done = end
         # The first step of all compiles, the next ones record the graph.
@@ -281,14 +284,15 @@ def run_model(
             "us": timing.median_us,
             "us_20": timing.low_us,
             "us_80": timing.high_us,
-            "growth_us": Timing.of(growth).median_us if growth else None,
+            "growth_us": Timing.of(growth[False]).median_us if growth[False] else None,
+            "merge_us": Timing.of(growth[True]).median_us if growth[True] else None,
             "updates": updates // rows,
             "graphs": counters["stats"]["unique_graphs"] - before,
             **fidelity,
             **(_in_turn(decoder, model, ids, prompt, config) if end == tokens else {}),
             **facts,
         }
-        logits, growth = [], []
+        logits, growth = [], {False: [], True: []}
 
 
 def _in_turn(

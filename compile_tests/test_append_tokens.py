@@ -117,14 +117,14 @@ def refusable(device: str) -> Arguments:
         ),
         (
             {"counters": torch.zeros(2, 5, dtype=torch.int64)},
-            "counters must be [B, columns] = [2, 14], got [2, 5]",
+            "counters must be [B, columns] = [2, 15], got [2, 5]",
         ),
         (
-            {"counters": torch.zeros(2, 14, dtype=torch.int32)},
+            {"counters": torch.zeros(2, 15, dtype=torch.int32)},
             "counters must be torch.int64, got torch.int32",
         ),
         (
-            {"counters": torch.zeros(14, 2, dtype=torch.int64).T},
+            {"counters": torch.zeros(15, 2, dtype=torch.int64).T},
             "counters must be contiguous, got strides [1, 2]",
         ),
         ({"max_length": -1}, "max_length must not be negative, got -1"),

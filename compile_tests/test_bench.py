@@ -95,6 +95,7 @@ def test_bench_long_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [row["tokens"] for row in rows] == [1164, 1700, 2300]
     assert [row["updates"] for row in rows] == [0, 0, 1]
     assert [row["growth_us"] is None for row in rows] == [True, True, False]
+    assert [row["merge_us"] for row in rows] == [None, None, None]
     for row in rows:
         assert row["graphs"] == 1
         assert 0 < row["us_20"] <= row["us"] <= row["us_80"]

@@ -25,6 +25,7 @@ DEFAULTS = {
     "update_segment": 1024,
     "page_size": 8,
     "cache_ratio": 0.05,
+    "merged_updates": 4,
 }
 INTEGERS = [name for name, value in DEFAULTS.items() if isinstance(value, int)]
 FRACTIONS = [name for name, value in DEFAULTS.items() if isinstance(value, float)]
@@ -81,6 +82,7 @@ def test_rejects_an_estimator_that_is_no_string(value: Any) -> None:
         ("kmeans_iterations", 1),
         ("min_retrieved_clusters", 0),
         ("page_size", 1),
+        ("merged_updates", 1),
     ],
 )
 def test_lower_bounds(name: str, lowest: int) -> None:

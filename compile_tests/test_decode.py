@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ from retro_ops.testing import (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def make_layer(config: RetroConfig, like: Tensor, query_heads: int, max_length: int) -> RetroLayer:
+def make_layer(
+    config: RetroConfig, like: Tensor, query_heads: int, max_length: int, *, offload: bool = False
+) -> RetroLayer:
     """A layer for keys like `like`, `[B, Hkv, T, D]`."""
     rows, heads, _, head_dim = like.shape
     return RetroLayer(
@@ -37,6 +40,7 @@ def make_layer(config: RetroConfig, like: Tensor, query_heads: int, max_length: 
         head_dim=head_dim,
         max_length=max_length,
         dtype=like.dtype,
+        offload=offload,
     )
 
 
@@ -222,6 +226,7 @@ def test_growing_is_indexing_at_once(dtype: torch.dtype, estimator: str, prompt:
         min_retrieved_clusters=1,
         estimation_budget=0.5,
         estimator=estimator,
+        merged_updates=1,
     )
     length = 4 + 16 + 4 * 64
     assert prompt < 84 or (prompt - 20) % 64 == 0
@@ -242,6 +247,43 @@ def test_growing_is_indexing_at_once(dtype: torch.dtype, estimator: str, prompt:
     assert_same_state(grown, at_once)
     for t in range(length, length + 40):
         assert_same(grown.decode(*tokens(t)), at_once.decode(*tokens(t)), f"token {t}")
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
+def test_a_grown_index_is_as_good_as_one_of_a_prompt(offload: bool) -> None:
+    """Topics come back after more tokens than a segment has: small segments tear them apart."""
+    config = RetroConfig(
+        local_tokens=16,
+        cluster_size=8,
+        segment_size=2048,
+        update_segment=128,
+        min_retrieved_clusters=8,
+    )
+    length, steps = 20 + 16 * 128, 16
+
+    def error(config: RetroConfig, seed: int, *, prompt: int) -> float:
+        keys, values = make_kv(1, 2, length + steps, 64, seed=seed)
+        layer = make_layer(config, keys, 4, length + steps, offload=offload)
+        layer.prefill(keys[:, :, :prompt], values[:, :, :prompt])
+        errors = []
+        for t in range(prompt, length + steps):
+            query = make_query(keys[:, :, : t + 1], 4, seed=t)
+            out = layer.decode(query, keys[:, :, t : t + 1], values[:, :, t : t + 1])
+            if t >= length:
+                seen = keys[:, :, : t + 1].double(), values[:, :, : t + 1].double()
+                errors.append(relative_error(out, dense_attention(query.double(), *seen)))
+        return sum(errors) / steps
+
+    merged, unmerged, at_once = (
+        sum(error(variant, seed, prompt=prompt) for seed in range(3)) / 3
+        for variant, prompt in (
+            (config, 100),
+            (replace(config, merged_updates=1), 100),
+            (config, length),
+        )
+    )
+    assert merged < 1.5 * at_once
+    assert merged < unmerged / 3
 
 
 def test_rows_reach_their_segments_at_different_steps() -> None:

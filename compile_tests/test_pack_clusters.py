@@ -246,14 +246,14 @@ def refusable(device: str) -> Arguments:
         ),
         (
             {"counters": torch.zeros(1, 6, dtype=torch.int64)},
-            "counters must be [B, columns] = [2, 14], got [1, 6]",
+            "counters must be [B, columns] = [2, 15], got [1, 6]",
         ),
         (
-            {"counters": torch.zeros(2, 14)},
+            {"counters": torch.zeros(2, 15)},
             "counters must be torch.int64, got torch.float32",
         ),
         (
-            {"counters": torch.zeros(14, 2, dtype=torch.int64).T},
+            {"counters": torch.zeros(15, 2, dtype=torch.int64).T},
             "counters must be contiguous, got strides [1, 2]",
         ),
         ({"cluster_size": 0}, "cluster_size must be at least 1 token, got 0"),

@@ -74,7 +74,11 @@ def make(
         "offsets": in_layout(offsets, variant.layout),
         "store": in_layout(store, variant.layout),
         **cache,
-        "counters": variant.counters(),
+        "counters": variant.counters(
+            # Any boundary of what is open, or none.
+            indexed_tokens=[tokens] * variant.rows,
+            open_tokens=[0, tokens // 3, tokens][: variant.rows],
+        ),
         "page_size": page_size,
     }
 
@@ -266,7 +270,7 @@ def refusable() -> Arguments:
         ),
         (
             {"counters": torch.zeros(2, 7, dtype=torch.int64)},
-            "counters must be [B, columns] = [2, 14], got [2, 7]",
+            "counters must be [B, columns] = [2, 15], got [2, 7]",
         ),
     ],
 )
@@ -437,6 +441,18 @@ def test_a_cluster_larger_than_the_cache_keeps_nobody_out(device: str) -> None:
         "ADMISSIONS": 2,
         "EVICTIONS": 0,
     }
+
+
+def test_clusters_to_be_made_anew_stay_out(device: str) -> None:
+    """Of 16 indexed tokens the last 8, which are clusters 2 and 3, are open."""
+    arguments = on_device(by_hand([4, 4, 5, 3], [3, 2, 1, 0], 5, []), device)
+    arguments["counters"][0, Counter.INDEXED_TOKENS] = 16
+    for open_tokens, cached in ((8, [1, 1, 0, 0]), (0, [1, 1, 2, 1])):
+        arguments["counters"][0, Counter.OPEN_TOKENS] = open_tokens
+        page_gather(**arguments)
+        assert arguments["cached"].tolist() == [[cached]]
+    counts = counted(arguments)
+    assert (counts["PAGE_MISSES"], counts["ADMISSIONS"]) == (5 + 3, 4)
 
 
 def test_only_as_many_leave_as_must(device: str) -> None:

@@ -476,7 +476,7 @@ def test_refuses_a_state_and_keeps_what_it_held() -> None:
     for wrong, message in (
         (missing, "a layer has the tensors"),
         (short, r"store must be \[2, 2, 2, 70, 32\] of torch.float32, got \[2, 2, 2, 69, 32\]"),
-        (state(batch_size=3), r"counters must be \[2, 14\] of torch.int64, got \[3, 14\]"),
+        (state(batch_size=3), r"counters must be \[2, 15\] of torch.int64, got \[3, 15\]"),
         (state(head_dim=16), r"steady must be \[2, 2, 2, 20, 32\] of"),
         (state(dtype=torch.bfloat16), "of torch.float32, got .* of torch.bfloat16"),
         (long.used_state(), "store has room for 100 entries at max_length 120, not for 101; make"),
@@ -745,7 +745,7 @@ def test_refuses_other_files(tmp_path: Path) -> None:
         (path, (rope,), "is of another model: rope_parameters is "),
         (path, (make_model("gemma3").config,), "is of another model: model_type is 'llama' there"),
         (path, (config, SMALL), "is of another retro_config: retrieval_budget is 1.0 there, 0.3"),
-        (changed(nothing, version=2), (config,), "has format version 2, this retro_ops reads 1"),
+        (changed(nothing, version=3), (config,), "has format version 3, this retro_ops reads 2"),
         (tmp_path / "text", (config,), "is not a cache that RetroCache.save wrote"),
         (tmp_path / "short", (config,), "is not a cache that RetroCache.save wrote, or is damaged"),
         (tmp_path / "weights", (config,), "is not a cache that RetroCache.save wrote"),

@@ -171,10 +171,12 @@ inline void assign_tile(
   }
 }
 
-// Clusters `tokens` rows, starting at key(0), into ids 0 .. clusters - 1, left in memory.assigned.
-template <typename T, typename Key>
+// Clusters `tokens` rows, starting at key(0), into ids 0 .. clusters - 1, left in memory.assigned. Centroid
+// c begins as seed(c), a row like those of keys.
+template <typename T, typename Key, typename Seed>
 inline void cluster_segment(
     const Key& key,
+    const Seed& seed,
     int64_t tokens,
     int64_t clusters,
     int64_t head_dim,
@@ -203,8 +205,10 @@ inline void cluster_segment(
       memory.panels, 0,
       static_cast<size_t>(round_up(clusters, kPanel) * head_dim) * sizeof(Scored));
   for (int64_t c = 0; c < clusters; ++c) {
-    const int64_t token = (2 * c + 1) * tokens / (2 * clusters);  // evenly spaced
-    set_centroid(memory.panels, c, memory.keys + token * head_dim, head_dim);
+    float row[kMaxHeadDim];
+    load_row(static_cast<const T*>(seed(c)), head_dim, row);
+    for (int64_t d = 0; d < head_dim; ++d) row[d] -= static_cast<float>(memory.mean[d]);
+    set_centroid(memory.panels, c, row, head_dim);
   }
   for (int64_t pass = 0; pass < iterations; ++pass) {
     if (pass > 0) {
@@ -229,6 +233,11 @@ inline void cluster_segment(
           memory.scored + t * head_dim, memory.panels, clusters, head_dim, memory.assigned + t);
     }
   }
+}
+
+// The token that cluster c of a segment begins with: they are evenly spaced.
+inline int64_t seed_token(int64_t c, int64_t tokens, int64_t clusters) {
+  return (2 * c + 1) * tokens / (2 * clusters);
 }
 
 template <typename T>
@@ -258,8 +267,11 @@ void cluster_keys_typed(const ClusterKeysParams& params) {
       scratch.begin(SegmentMemory::bytes(segment.tokens, segment.clusters, params.head_dim));
       const SegmentMemory memory =
           SegmentMemory::take(scratch, segment.tokens, segment.clusters, params.head_dim);
+      const auto key = [&](int64_t t) {
+        return params.keys.row<const T>(b, h, first + segment.first + t);
+      };
       cluster_segment<T>(
-          [&](int64_t t) { return params.keys.row<const T>(b, h, first + segment.first + t); },
+          key, [&](int64_t c) { return key(seed_token(c, segment.tokens, segment.clusters)); },
           segment.tokens, segment.clusters, params.head_dim, params.iterations, memory);
       for (int64_t t = 0; t < segment.tokens; ++t) {
         assignment[first + segment.first + t] =

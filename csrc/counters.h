@@ -21,6 +21,7 @@ enum Counter : int64_t {
   kAdmissions,     // clusters that came into the page cache
   kEvictions,      // clusters that left it
   kLateDecisions,  // gathers of a KV head that found no decision about the step before
+  kOpenTokens,  // indexed tokens at the end of the store whose clusters grow_index will make anew
   kCounters,
 };
 

@@ -19,10 +19,12 @@ void grow_index(
     int64_t local_tokens,
     int64_t update_segment,
     int64_t cluster_size,
-    int64_t iterations) {
+    int64_t iterations,
+    int64_t merged_updates,
+    int64_t merge_iterations) {
   const Call<GrowIndexParams> call = grow_index_call(
       steady, store, centroids, offsets, variances, totals, counters, sink_tokens, local_tokens,
-      update_segment, cluster_size, iterations);
+      update_segment, cluster_size, iterations, merged_updates, merge_iterations);
   const GrowIndexParams& params = call.params;
 
   const int64_t capacity = steady.size(3);
@@ -30,6 +32,12 @@ void grow_index(
     const int64_t* row = params.index.counters + b * kCounters;
     check_count(kOp, b, row[kSteadyTokens], "steady tokens", "the steady zone", capacity);
     check_index_counts(kOp, b, row, store.size(3), centroids.size(3));
+    check_count(kOp, b, row[kOpenTokens], "open tokens", "the index", row[kIndexedTokens]);
+    const int64_t open_updates = row[kOpenTokens] / update_segment;
+    check(
+        open_updates * cluster_count(update_segment, cluster_size) <= row[kClusters], kOp,
+        "counters say that row ", b, " has ", row[kOpenTokens], " open tokens, but only ",
+        row[kClusters], " clusters");
   }
   // No row can come to hold that many tokens; beyond here the sum of the three cannot overflow.
   if (sink_tokens > capacity || local_tokens > capacity - sink_tokens ||

@@ -11,8 +11,17 @@ struct GrowIndexParams {
   Rows steady_keys, steady_values;  // [B, Hkv, S, D]
   int64_t steady_capacity;
   int64_t sink_tokens, local_tokens, update_segment, cluster_size, iterations;
+  int64_t merged_updates, merge_iterations;
   IndexView index;
 };
+
+// Tokens that are clustered anew together; 0: never, since there is no room for so many, or nothing to
+// merge.
+RETRO_HOST_DEVICE inline int64_t merged_tokens(const GrowIndexParams& params) {
+  if (params.merged_updates < 2) return 0;
+  if (params.merged_updates > params.index.tokens / params.update_segment) return 0;
+  return params.merged_updates * params.update_segment;
+}
 
 inline Call<GrowIndexParams> grow_index_call(
     const Tensor& steady,
@@ -26,7 +35,9 @@ inline Call<GrowIndexParams> grow_index_call(
     int64_t local_tokens,
     int64_t update_segment,
     int64_t cluster_size,
-    int64_t iterations) {
+    int64_t iterations,
+    int64_t merged_updates,
+    int64_t merge_iterations) {
   constexpr const char* kOp = "grow_index";
   check_shape(kOp, "steady", steady, "2, B, Hkv, S, D", {2, kAny, kAny, kAny, kAny});
   check_element_dtype(kOp, "steady", steady);
@@ -43,6 +54,8 @@ inline Call<GrowIndexParams> grow_index_call(
       update_segment >= cluster_size, kOp, "update_segment must be at least cluster_size (",
       cluster_size, " tokens), got ", update_segment);
   check(iterations >= 1, kOp, "iterations must be at least 1, got ", iterations);
+  check(merged_updates >= 1, kOp, "merged_updates must be at least 1, got ", merged_updates);
+  check(merge_iterations >= 1, kOp, "merge_iterations must be at least 1, got ", merge_iterations);
 
   Call<GrowIndexParams> call;
   GrowIndexParams& params = call.params;
@@ -58,6 +71,8 @@ inline Call<GrowIndexParams> grow_index_call(
   params.update_segment = update_segment;
   params.cluster_size = cluster_size;
   params.iterations = iterations;
+  params.merged_updates = merged_updates;
+  params.merge_iterations = merge_iterations;
   params.index = index_view(store, centroids, offsets, variances, totals, counters);
   return call;
 }

@@ -23,7 +23,8 @@ STABLE_TORCH_LIBRARY(retro, m) {
   m.def(
       "grow_index(Tensor(a!) steady, Tensor(b!) store, Tensor(c!) centroids, Tensor(d!) offsets, "
       "Tensor(e!) variances, Tensor(f!) totals, Tensor(g!) counters, int sink_tokens, "
-      "int local_tokens, int update_segment, int cluster_size, int iterations) -> ()");
+      "int local_tokens, int update_segment, int cluster_size, int iterations, "
+      "int merged_updates=1, int merge_iterations=1) -> ()");
 
   // The decode step.
   m.def(

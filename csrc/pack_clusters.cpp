@@ -66,6 +66,7 @@ void pack_clusters(
     int64_t* row = params.index.counters + b * kCounters;
     row[kIndexedTokens] += packed[static_cast<size_t>(b)];
     row[kClusters] += cluster_count(packed[static_cast<size_t>(b)], cluster_size);
+    if (packed[static_cast<size_t>(b)] > 0) row[kOpenTokens] = 0;
   }
 }
 

@@ -115,6 +115,7 @@ __global__ void __launch_bounds__(kMaxHeadDim)
     counters[kIndexedTokens] += packed.packed;
     counters[kClusters] += packed.clusters;
     counters[kDroppedTokens] += packed.assigned - packed.packed;
+    if (packed.packed > 0) counters[kOpenTokens] = 0;
   }
 }
 

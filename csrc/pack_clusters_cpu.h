@@ -14,11 +14,23 @@ inline void fold(float* sum, float* part, int64_t count) {
   }
 }
 
-// Packs `tokens` tokens of one (row, head) behind what the index holds: a counting sort by cluster that
+// Where clusters of a row go: their first slot of the store, and the first of their ids.
+struct Place {
+  int64_t slot, cluster;
+};
+
+// Behind what the index holds.
+inline Place end_of_index(const IndexView& index, int64_t b) {
+  const int64_t* counters = index.counters + b * kCounters;
+  return {counters[kIndexedTokens], counters[kClusters]};
+}
+
+// Packs `tokens` tokens of one (row, head) into a place of the index: a counting sort by cluster that
 // keeps the order of tokens, then means and variances, cluster by cluster.
 template <typename T, typename Key, typename Value, typename Assigned>
 inline void pack_tokens(
     const IndexView& index,
+    Place place,
     int64_t b,
     int64_t h,
     int64_t tokens,
@@ -28,15 +40,14 @@ inline void pack_tokens(
     const Value& value,
     const Assigned& assigned,
     float* sums) {
-  const int64_t* counters = index.counters + b * kCounters;
-  const int64_t first_cluster = counters[kClusters];
+  const int64_t first_cluster = place.cluster;
   int32_t* offsets = index.offsets + (b * index.heads + h) * (index.clusters + 1) + first_cluster;
   float* variances = index.variances + (b * index.heads + h) * index.clusters + first_cluster;
   float* residuals = index.residuals + (b * index.heads + h) * head_dim;
   float* value_sums = index.value_sums + (b * index.heads + h) * head_dim;
 
   // While tokens are placed, offsets[c + 1] is where the next token of cluster c goes.
-  const int32_t first_slot = static_cast<int32_t>(counters[kIndexedTokens]);
+  const int32_t first_slot = static_cast<int32_t>(place.slot);
   for (int64_t c = 0; c <= clusters; ++c) offsets[c] = 0;
   for (int64_t t = 0; t < tokens; ++t) {
     const int32_t c = assigned(t);
@@ -105,8 +116,9 @@ void pack_clusters_typed(const PackClustersParams& params) {
       Scratch& scratch = Scratch::of_this_thread();
       scratch.begin(Scratch::bytes<float>(kSumRows * params.head_dim));
       pack_tokens<T>(
-          params.index, b, h, params.tokens, cluster_count(params.packed[b], params.cluster_size),
-          params.head_dim, [&](int64_t t) { return params.keys.row<const T>(b, h, t); },
+          params.index, end_of_index(params.index, b), b, h, params.tokens,
+          cluster_count(params.packed[b], params.cluster_size), params.head_dim,
+          [&](int64_t t) { return params.keys.row<const T>(b, h, t); },
           [&](int64_t t) { return params.values.row<const T>(b, h, t); },
           [&](int64_t t) { return assignment[t]; },
           scratch.take<float>(kSumRows * params.head_dim));

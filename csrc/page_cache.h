@@ -42,7 +42,8 @@ RETRO_HOST_DEVICE inline int64_t page_count(int64_t tokens, int64_t page_size) {
 // to a / S + c + ceil(n / S) - 1, that of the next cluster begin at (a + n) / S + c + 1. Since
 // floor((a + n) / S) >= floor(a / S) + floor(n / S) and floor(n / S) + 1 >= ceil(n / S), it begins behind
 // them. With c <= C - 1 and a + n <= N the same sum says that the last entry is at most N / S + C - 1.
-// The index grows at its end only, so what it held keeps its entries.
+// The index grows at its end only, so what it held keeps its entries; clusters that grow_index makes anew
+// have none in use, since page_gather leaves them out until then.
 RETRO_HOST_DEVICE inline int64_t first_entry(
     int64_t first_slot, int64_t cluster, int64_t page_size) {
   return first_slot / page_size + cluster;

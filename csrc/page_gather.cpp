@@ -178,6 +178,11 @@ struct Head {
     static thread_local std::vector<int64_t> missing;  // pages, by rank
     missing.assign(static_cast<size_t>(ranks), 0);
     int64_t needed = 0;
+    const int64_t lasting = params.lasting_slots(b);
+    // A cluster that does not fit, or is to be made anew, stays out.
+    const auto may_come = [&](int64_t cluster) {
+      return page_count(cluster) <= params.pages && offsets[cluster] < lasting;
+    };
     for (int64_t r = 0; r < ranks; ++r) {
       const int32_t cluster = retrieved[r];
       int64_t* address = addresses + 3 * r;
@@ -197,7 +202,7 @@ struct Head {
       }
       tally.hits += count - missing[r];
       tally.misses += missing[r];
-      if (count <= params.pages) needed += missing[r];
+      if (may_come(cluster)) needed += missing[r];
     }
 
     // Decisions come from elsewhere and may be late, old or nonsense: they only say what may go.
@@ -218,7 +223,7 @@ struct Head {
     int64_t taken = 0;
     const int64_t available = free[kFreeCount];
     for (int64_t r = 0; r < ranks; ++r) {
-      if (missing[r] == 0 || page_count(retrieved[r]) > params.pages) continue;
+      if (missing[r] == 0 || !may_come(retrieved[r])) continue;
       taken += missing[r];
       if (taken > available) break;
       admit<T>(retrieved[r]);

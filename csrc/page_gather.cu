@@ -190,7 +190,11 @@ __global__ void __launch_bounds__(kThreads)
     own = head.cluster(r < ranks ? head.retrieved[r] : -1);
     head.count_missing(own);
   };
-  const auto wants = [&] { return own.count <= head.pages ? own.missing : 0; };
+  // A cluster that does not fit, or is to be made anew, stays out.
+  const int64_t lasting = op.lasting_slots(task / op.heads);
+  const auto wants = [&] {
+    return own.count <= head.pages && own.slot < lasting ? own.missing : 0;
+  };
   for (int32_t start = 0; start < ranks; start += kThreads) {
     look(start);
     if (own.id >= 0) atomicOr(&marks[own.id / 32], 1u << own.id % 32);

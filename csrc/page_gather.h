@@ -23,6 +23,13 @@ struct PageGatherParams {
   uint8_t* cached;           // [B, Hkv, C]
   int64_t* counters;         // [B, kCounters]
   int64_t* addresses;        // [B, Hkv, R, 3]: first slot, number of tokens, first page table entry
+
+  // Slots of the store before the clusters that grow_index will make anew. Those never come into the
+  // cache, so that nothing has to leave it when they change.
+  RETRO_HOST_DEVICE int64_t lasting_slots(int64_t b) const {
+    const int64_t* row = counters + b * kCounters;
+    return row[kOpenTokens] > 0 ? row[kIndexedTokens] - row[kOpenTokens] : store_tokens;
+  }
 };
 
 // Tensors must be on the device of `like`, an argument of `op`. `addresses` is made, if it is wanted.

@@ -26,7 +26,7 @@ from retro_ops.models.prefill import PrefillAttention
 from retro_ops.models.support import check_model
 
 FORMAT = "retro_cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Of the model's config, what keys and values depend on.
 MODEL_FIELDS = (
     "model_type",

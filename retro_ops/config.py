@@ -47,6 +47,9 @@ class RetroConfig:
     """Tokens per page of the page cache. At least 1."""
     cache_ratio: float = 0.05
     """Fraction of the KV that the page cache holds when offloaded, in 0..1."""
+    merged_updates: int = 4
+    """Segments indexed while decoding that become one, clustered anew, once there are so many in a
+    row: clusters err less if there are more tokens to group. At least 1, which is never."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.estimator, str):
@@ -70,6 +73,7 @@ class RetroConfig:
             "cluster_size": 1,
             "kmeans_iterations": 1,
             "min_retrieved_clusters": 0,
+            "merged_updates": 1,
             "page_size": 1,
         }
         for name, low in lowest.items():

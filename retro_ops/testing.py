@@ -351,7 +351,7 @@ class Variant:
         """
         shape = (self.rows, len(Counter))
         counters = torch.randint(1000, shape, generator=self.generator)
-        counters[:, Counter.FINISHED_HEADS] = 0
+        counters[:, [Counter.FINISHED_HEADS, Counter.OPEN_TOKENS]] = 0
         for name, column in columns.items():
             counters[:, Counter[name.upper()]] = torch.tensor(column, dtype=torch.int64)
         return counters

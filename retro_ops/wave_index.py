@@ -15,6 +15,10 @@ from retro_ops.ops._contract import cluster_count
 if TYPE_CHECKING:
     from retro_ops.layer import RetroLayer
 
+MERGE_ITERATIONS = 3
+"""Passes of k-means over segments that become one. It begins with their clusters: more passes gain
+little (docs/accuracy.md)."""
+
 
 def indexed_capacity(config: RetroConfig, max_length: int) -> tuple[int, int]:
     """Tokens and clusters that the index of a row of `max_length` tokens can come to hold."""
@@ -100,4 +104,6 @@ def grow(layer: RetroLayer) -> None:
         config.update_segment,
         config.cluster_size,
         config.kmeans_iterations,
+        config.merged_updates,
+        MERGE_ITERATIONS,
     )

@@ -31,6 +31,7 @@ class Counter(IntEnum):
     ADMISSIONS = 11
     EVICTIONS = 12
     LATE_DECISIONS = 13
+    OPEN_TOKENS = 14
 
 
 class FreeHeader(IntEnum):

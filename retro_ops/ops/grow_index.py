@@ -23,6 +23,8 @@ def grow_index(
     update_segment: int,
     cluster_size: int,
     iterations: int,
+    merged_updates: int = 1,
+    merge_iterations: int = 1,
 ) -> None:
     """Indexes the oldest `update_segment` tokens behind the sinks of every row that has that many.
 
@@ -31,6 +33,11 @@ def grow_index(
     exactly as `cluster_keys` and `pack_clusters` would; later steady tokens move up. That repeats
     while the row has as many. Other rows are untouched. Only `counters` decide, so the op may stand
     in every step of a compiled graph.
+
+    Once `merged_updates` segments in a row have come that way, and nothing else between them, they
+    are clustered anew, as one: the means of their clusters are the first centroids,
+    `merge_iterations` passes follow, and the same slots and cluster ids hold the result. Until
+    then `counters` count their tokens as open, which `page_gather` keeps out of the page cache.
 
     Source: RetroInfer (arXiv 2505.02922), section 4.2 (index update).
 
@@ -42,6 +49,9 @@ def grow_index(
         update_segment: tokens that are indexed at once, at least `cluster_size`.
         cluster_size: tokens per cluster on average, at least 1.
         iterations: passes of k-means, at least 1.
+        merged_updates: segments that become one; 1: none. No effect where the store has not so
+            many.
+        merge_iterations: passes of k-means over them, at least 1.
 
     Mutates: all seven tensors.
 
@@ -62,6 +72,8 @@ def grow_index(
         update_segment,
         cluster_size,
         iterations,
+        merged_updates,
+        merge_iterations,
     )
 
 
@@ -79,6 +91,8 @@ def _(
     update_segment: int,
     cluster_size: int,
     iterations: int,
+    merged_updates: int = 1,
+    merge_iterations: int = 1,
 ) -> None:
     contract.check_shape(OP, "steady", steady, "2, B, Hkv, S, D", (2, None, None, None, None))
     contract.check_element_dtype(OP, "steady", steady)
@@ -96,3 +110,5 @@ def _(
     contract.check_not_negative(OP, "sink_tokens", sink_tokens)
     contract.check_not_negative(OP, "local_tokens", local_tokens)
     contract.check_clustering(OP, cluster_size, "update_segment", update_segment, iterations)
+    contract.check_at_least(OP, "merged_updates", merged_updates, 1)
+    contract.check_at_least(OP, "merge_iterations", merge_iterations, 1)

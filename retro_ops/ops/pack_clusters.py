@@ -110,6 +110,8 @@ def reference(
                 totals[1, row, head] += own_values.to(wide).sum(dim=0)
         counters[row, Counter.INDEXED_TOKENS] += packed
         counters[row, Counter.CLUSTERS] += clusters
+        if packed > 0:
+            counters[row, Counter.OPEN_TOKENS] = 0
 
 
 @torch.library.register_fake(f"retro::{OP}")

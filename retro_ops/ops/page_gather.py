@@ -134,8 +134,12 @@ def reference(
                 missed = absent.repeat_interleave(page_size)[:tokens]
                 tally[Counter.MISSED_TOKENS] += missed.sum()
             all_missing = sum(missing)
+            # A cluster that does not fit, or that grow_index will make anew, stays out.
+            open_tokens = int(tally[Counter.OPEN_TOKENS])
+            lasting = int(tally[Counter.INDEXED_TOKENS]) - open_tokens
             for rank, cluster in enumerate(ids):
-                if cluster >= 0 and len(table[entries(cluster)]) > count:
+                too_large = cluster >= 0 and len(table[entries(cluster)]) > count
+                if too_large or (cluster >= 0 and open_tokens > 0 and begin[cluster] >= lasting):
                     missing[rank] = 0
 
             step = int(header[FreeHeader.STEP])
