@@ -212,14 +212,14 @@ def refusable(device: str) -> Arguments:
         ),
         (
             {"counters": torch.zeros(6, dtype=torch.int64)},
-            "counters must be [B, columns] = [2, 14], got [6]",
+            "counters must be [B, columns] = [2, 15], got [6]",
         ),
         (
-            {"counters": torch.zeros(2, 14, dtype=torch.uint8)},
+            {"counters": torch.zeros(2, 15, dtype=torch.uint8)},
             "counters must be torch.int64, got torch.uint8",
         ),
         (
-            {"counters": torch.zeros(14, 2, dtype=torch.int64).T},
+            {"counters": torch.zeros(15, 2, dtype=torch.int64).T},
             "counters must be contiguous, got strides [1, 2]",
         ),
         (

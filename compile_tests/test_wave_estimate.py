@@ -389,14 +389,14 @@ def refusable(device: str) -> Arguments:
         ),
         (
             {"counters": torch.zeros(2, 1, dtype=torch.int64)},
-            "counters must be [B, columns] = [2, 14], got [2, 1]",
+            "counters must be [B, columns] = [2, 15], got [2, 1]",
         ),
         (
-            {"counters": torch.zeros(2, 14, dtype=torch.int32)},
+            {"counters": torch.zeros(2, 15, dtype=torch.int32)},
             "counters must be torch.int64, got torch.int32",
         ),
         (
-            {"counters": torch.zeros(14, 2, dtype=torch.int64).T},
+            {"counters": torch.zeros(15, 2, dtype=torch.int64).T},
             "counters must be contiguous, got strides [1, 2]",
         ),
         ({"retrieval_budget": 1.5}, "retrieval_budget must lie in 0..1, got 1.5"),
