@@ -75,8 +75,12 @@ def run(
         model, planner, note = None, None, ""
         try:
             planner = Planner(model_config, config, dtype=dtype, offload=offload, devices=places)
+            if places and set(planner.layer_places) != {f"cuda:{i}" for i in range(len(used))}:
+                raise ValueError(
+                    "a device gets no layers, as by device_map='auto'; take more layers"
+                )
             model = make_model(model_config, dtype, used, planner.layer_places)
-        except ValueError as error:  # the planner's, about weights
+        except ValueError as error:  # about places or weights
             note = str(error)
         except (MemoryError, RuntimeError) as error:
             note = memory_note(error)
@@ -132,7 +136,7 @@ def make_model(
 
     Args:
         config, dtype: of the model.
-        devices: of which all or the first get layers.
+        devices: all get layers.
         places: of each layer; those of one device follow one another. CPUs share alike.
     """
     with torch.device("meta"):
@@ -142,7 +146,7 @@ def make_model(
     if devices[0].type != "cuda":
         share = -(-count // len(devices))
         counts = [min(share, count - first) for first in range(0, count, share)]
-    where = [device for device, own in zip(devices, counts, strict=False) for _ in range(own)]
+    where = [device for device, own in zip(devices, counts, strict=True) for _ in range(own)]
     for device, layer in zip(where, decoder.layers, strict=True):
         layer.to_empty(device=device)
     decoder.embed_tokens.to_empty(device=devices[0])
@@ -155,7 +159,7 @@ def make_model(
                 nn.init.normal_(parameter, std=0.02)
             else:
                 nn.init.constant_(parameter, 0.0 if name == "bias" else 1.0)
-    return spread(model.eval(), devices[: len(counts)], layers=counts)
+    return spread(model.eval(), devices, layers=counts)
 
 
 @torch.inference_mode()

@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   int64_t grown = 0;
   for (;;) {
     const bool merging =
-        merged > 0 && open >= merged && slots >= merged && clusters >= params.merge.clusters;
+        merged > 0 && open == merged && slots >= merged && clusters >= params.merge.clusters;
     // Where store or index are full the tokens stay where they are.
     if (!merging &&
         (steady < full || slots + segment > index.tokens ||

@@ -111,7 +111,8 @@ void grow_index_typed(const GrowIndexParams& params) {
   const int64_t segment = params.update_segment, merged = merged_tokens(params);
   const int64_t full = params.sink_tokens + params.local_tokens + segment;
   const auto is_full = [&](const int64_t* row) { return row[kSteadyTokens] >= full; };
-  const auto is_ripe = [&](const int64_t* row) { return merged > 0 && row[kOpenTokens] >= merged; };
+  // Exactly: all open tokens together begin where a cluster does.
+  const auto is_ripe = [&](const int64_t* row) { return merged > 0 && row[kOpenTokens] == merged; };
   while (for_heads_of(params, is_full, [&](int64_t b, int64_t h) {
     grow_head<T>(params, b, h, params.index.counters[b * kCounters + kSteadyTokens]);
   })) {

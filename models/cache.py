@@ -360,6 +360,7 @@ class RetroCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets all tokens; the memory stays, and graphs compiled for it."""
         if self.retro is not None:
+            self.retro.finish_prefill()  # of a prompt that was interrupted
             self.retro.reset()
         self.cumulative_length.zero_()
         self.padded_length.zero_()
@@ -368,6 +369,8 @@ class RetroCacheLayer(CacheLayerMixin):
 
     def release(self) -> None:
         """Gives the memory back; the layer is as it was made."""
+        if self.retro is not None:
+            self.retro.finish_prefill()
         self.retro = None
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
         self.padded_length = torch.zeros((), dtype=torch.int64)

@@ -176,7 +176,8 @@ def moved(value: Any, device: torch.device) -> Any:
         # Nothing would wait for a copy to the CPU.
         return value.to(device, non_blocking=device.type != "cpu")
     if isinstance(value, (tuple, list)):
-        return type(value)(moved(item, device) for item in value)
+        items = [moved(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
         return {key: moved(item, device) for key, item in value.items()}
     return value

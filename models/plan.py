@@ -177,7 +177,11 @@ class Planner:
             cache = self._cache(self._few.config, context, batch_size)
             for layer, heads in zip(cache.layers, self._heads, strict=False):
                 layer.lazy_initialization(*self._tokens(heads, batch_size))
+            for layer in cache.retro_layers:  # as all but the last: what they stage stays
+                if layer.retro is not None:
+                    layer.retro.joins = False
             prefill, decode = (peak_bytes(self._few, cache, tokens) for tokens in (chunk, 1))
+            cache.reset()
             if chunk < context:  # later chunks are turns
                 retro = (layer.retro for layer in cache.retro_layers if layer.retro)
                 prefill += max((layer.extend_bytes(chunk) for layer in retro), default=0)
@@ -317,7 +321,14 @@ def workspace_bytes(layer: RetroLayer) -> int:
     choice = tasks * (clusters * (4 * group + 4) + clusters // 8 + 8 * layer.max_retrieved)
     # csrc/attend.cu: softmax states of the pieces, for at most 16 queries and two parts of each.
     states = 2 * 16 * max(tasks * -(-group // 8), _PIECES)
-    return max(build, choice + states * (4 * dim + 8))
+    # csrc/grow_index.cu: tokens of an update, or keys and values of several that become one.
+    config = layer.config
+    merged = config.merged_updates * config.update_segment * (config.merged_updates > 1)
+    merged *= merged <= layer.store.shape[3]
+    most = max(merged, config.update_segment)
+    means = most // config.cluster_size * (item * dim + 8)
+    grow = tasks * (2 * merged * dim * item + 8 * most + means)
+    return max(build, grow, choice + states * (4 * dim + 8))
 
 
 _PIECES = 4 * 132

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,15 +194,17 @@ class _Writes:
     done: torch.cuda.Event | None = None
 
 
-_writes: dict[tuple[torch.device, int], _Writes] = {}
-"""By device and the stream that steps run on: one layer at a time."""
+_writes: dict[tuple[torch.device, int, int], _Writes] = {}
+"""By device, stream that steps run on and thread: each has one layer at a time on its way."""
 _beside: dict[torch.device, torch.cuda.Stream] = {}
 
 
-def _steps_of(device: torch.device) -> tuple[torch.device, int]:
+def _steps_of(device: torch.device) -> tuple[torch.device, int, int]:
+    # All threads have the same default stream.
+    thread = threading.get_ident()
     if device.type != "cuda":
-        return device, 0
-    return device, torch.cuda.current_stream(device).cuda_stream
+        return device, 0, thread
+    return device, torch.cuda.current_stream(device).cuda_stream, thread
 
 
 def stages(layer: RetroLayer) -> bool:

@@ -140,20 +140,25 @@ class Progress:
     best: float = 0.0
     steps: int = 0
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether the average is over all densities."""
+        return self.steps >= AVERAGED_STEPS
+
     def add(self, right: float) -> str:
         """Counts a step: "learned", "fallen", "best" (worth keeping), or ""."""
         self.steps += 1
         self.right += (right - self.right) * max(1 / AVERAGED_STEPS, 1 / self.steps)
-        if self.steps < AVERAGED_STEPS:
+        if not self.is_measured:
             return ""
-        if self.steps >= WARM_UP_STEPS and self.right >= LEARNED:
-            return "learned"
         if self.right < self.best - FALLEN:
             return "fallen"
-        if self.right > self.best + 0.01:
+        better = self.right > self.best + 0.01
+        if better:
             self.best = self.right
-            return "best"
-        return ""
+        if self.steps >= WARM_UP_STEPS and self.right >= LEARNED:
+            return "learned"
+        return "best" if better else ""
 
 
 def train(
@@ -199,9 +204,10 @@ def train(
             print(f"{now:6.0f} s, step {step}, {tokens} tokens, loss {loss:.3f}, {right:.1%}")
             next_line = now + 10
         what = "" if earlier else progress.add(right)
-        if progress.right > 0.5 and now > LONGEST * (stage + 1) * seconds:
+        overdue = now > LONGEST * (stage + 1) * seconds and stage + 1 < len(stages)
+        if overdue and what != "fallen" and progress.is_measured and progress.right > 0.5:
             what = "learned"
-        if what == "best":
+        if what == "best" or (what == "learned" and stage + 1 == len(stages) and step % 50 == 0):
             kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
         elif what == "learned" and stage + 1 < len(stages):
             stage, progress, slower = stage + 1, Progress(), 1.0
@@ -213,7 +219,7 @@ def train(
             optimizer.load_state_dict(copy.deepcopy(kept[1]))
             best = progress.best
             progress = Progress(best=best)
-            print(f"{now:6.0f} s, step {step}, fallen from {best:.1%}: back, at half the rate")
+            print(f"{now:6.0f} s, step {step}, fallen from {best:.1%}: back, rate x {slower:g}")
     return model.eval()
 
 
