@@ -92,19 +92,20 @@ __global__ void __launch_bounds__(kThreads, 1)
        packing.first_cluster + params.clusters <= index.clusters;
        ++grown) {
     segment_mean<T, kVectorOf<kGroups>, kWarps>(keys, segment, head_dim, memory.mean, sums);
-    first_centroids<T, kGroups, kWarps>(keys, segment, params.clusters, head_dim, memory);
+    first_centroids<T, kGroups, kWarps>(
+        keys, segment, clusters_in_pass(params.clusters, 0), head_dim, memory);
     for (int64_t pass = 0; pass < op.iterations; ++pass) {
       __syncthreads();
       if (pass > 0) {
-        sort_by_cluster<kWarps>(
-            assigned, segment, 0, params.clusters, params.sort.warps, memory.histogram,
-            memory.starts, memory.order);
-        next_centroids<T, kGroups, kWarps>(keys, params.clusters, head_dim, memory);
+        update_centroids<T, kGroups, kWarps>(
+            keys, segment, params.clusters, pass, head_dim, memory, assigned, 0, params.sort.warps,
+            memory.histogram);
         __syncthreads();
       }
       for (int64_t t = 0; t < segment; t += kWarps * kWarpTokens<kGroups>) {
         assign_tokens<T, kGroups, kWarps, kWarpTokens<kGroups>>(
-            keys, t, segment, params.clusters, head_dim, memory, assigned, 0, shared);
+            keys, t, segment, clusters_in_pass(params.clusters, pass), head_dim, memory, assigned,
+            0, shared);
       }
     }
     __syncthreads();
