@@ -359,12 +359,11 @@ def test_ties_go_to_the_lower_cluster(device: str, iterations: int) -> None:
 def test_a_key_like_no_other_has_its_own_cluster(device: str) -> None:
     """The digits of a number in a long text: neighbours, each far from every other key."""
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(1, 2, 1024, 64, generator=generator)
-    keys[..., 0] += 8.0  # the text has a direction
+    topics = 4 * torch.randn(1, 2, 56, 64, generator=generator)
+    keys = topics[:, :, torch.arange(1024) * 56 // 1024]
+    keys += 0.5 * torch.randn(keys.shape, generator=generator)
     number = range(601, 608)
-    for place, token in enumerate(number):
-        keys[:, :, token, 0] -= 8.0
-        keys[:, :, token, 10 + place] += 16.0
+    keys[:, :, 601:608] = 2 * torch.randn(1, 2, 7, 64, generator=generator)
     spans = torch.tensor([[0, 1024]])
     for kernels in every_kernel(device):
         assigned = cluster_keys(keys.to(device), spans.to(device), 16, 1024, 10).cpu()
