@@ -94,7 +94,7 @@ def separated(variant: Variant, tokens: int, cluster_size: int, segment_size: in
 
 def separate_clusters(tokens: int, clusters: int) -> list[int]:
     """The cluster of each token of a segment: groups of neighbours, outliers in some of them."""
-    outliers = outlier_count(clusters)
+    outliers = outlier_count(tokens, clusters)
     regular = clusters - outliers
     # Seeds are evenly spaced: each lies in a group of its own.
     found = [token * regular // tokens for token in range(tokens)]
@@ -145,7 +145,7 @@ def assert_segment(
     norm = centred.norm(dim=1)
     # Error of a centred key, and of a unit centroid, in Euclidean norm.
     key_error = (tokens + 2) * FLOAT32_ROUNDING * head_dim**0.5 * float(keys.abs().max())
-    regular = clusters - outlier_count(clusters)
+    regular = clusters - outlier_count(tokens, clusters)
     seeds = [(2 * cluster + 1) * tokens // (2 * regular) for cluster in range(regular)]
     sums, error = centred[seeds], torch.full((regular,), 2 * key_error, dtype=torch.float64)
     centroids = torch.zeros_like(sums)

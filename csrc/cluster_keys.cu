@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   segment_mean<T, kVectorOf<kGroups>, kWarps>(
       segment.keys, segment.tokens, head_dim, segment.memory.mean, sums);
   first_centroids<T, kGroups, kWarps>(
-      segment.keys, segment.tokens, clusters_in_pass(segment.clusters, 0), head_dim,
+      segment.keys, segment.tokens, clusters_in_pass(segment.tokens, segment.clusters, 0), head_dim,
       segment.memory);
 }
 
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kAssignWarps * 32, 2)
   const int64_t begin = blockIdx.x % blocks * kAssignWarps * kWarpTokens<kGroups>;
   if (begin >= segment.tokens) return;
   assign_tokens<T, kGroups, kAssignWarps, kWarpTokens<kGroups>>(
-      segment.keys, begin, segment.tokens, clusters_in_pass(segment.clusters, pass),
+      segment.keys, begin, segment.tokens, clusters_in_pass(segment.tokens, segment.clusters, pass),
       static_cast<int>(params.op.head_dim), segment.memory, segment.assigned,
       static_cast<int32_t>(segment.first_cluster), shared);
 }

@@ -52,9 +52,9 @@ struct SegmentMemory {
         Scratch::bytes<Scored>(kRounded ? rows * head_dim : 0) +
         Scratch::bytes<Scored>(round_up(clusters, kPanel) * head_dim) +
         Scratch::bytes<float>(clusters * head_dim) + Scratch::bytes<int64_t>(clusters) +
-        Scratch::bytes<float>(outlier_count(clusters)) +
-        Scratch::bytes<int64_t>(outlier_count(clusters)) + Scratch::bytes<double>(head_dim) +
-        Scratch::bytes<int32_t>(rows);
+        Scratch::bytes<float>(outlier_count(tokens, clusters)) +
+        Scratch::bytes<int64_t>(outlier_count(tokens, clusters)) +
+        Scratch::bytes<double>(head_dim) + Scratch::bytes<int32_t>(rows);
   }
 
   static SegmentMemory take(Scratch& scratch, int64_t tokens, int64_t clusters, int64_t head_dim) {
@@ -69,8 +69,8 @@ struct SegmentMemory {
     memory.panels = scratch.take<Scored>(round_up(clusters, kPanel) * head_dim);
     memory.sums = scratch.take<float>(clusters * head_dim);
     memory.counts = scratch.take<int64_t>(clusters);
-    memory.distances = scratch.take<float>(outlier_count(clusters));
-    memory.farthest = scratch.take<int64_t>(outlier_count(clusters));
+    memory.distances = scratch.take<float>(outlier_count(tokens, clusters));
+    memory.farthest = scratch.take<int64_t>(outlier_count(tokens, clusters));
     memory.mean = scratch.take<double>(head_dim);
     memory.assigned = scratch.take<int32_t>(rows);
     return memory;
@@ -241,14 +241,14 @@ inline void cluster_segment(
   std::memset(
       memory.panels, 0,
       static_cast<size_t>(round_up(clusters, kPanel) * head_dim) * sizeof(Scored));
-  const int64_t regular = clusters_in_pass(clusters, 0);
+  const int64_t regular = clusters_in_pass(tokens, clusters, 0);
   for (int64_t c = 0; c < regular; ++c) {
     const int64_t token = (2 * c + 1) * tokens / (2 * regular);  // evenly spaced
     set_centroid(memory.panels, c, memory.keys + token * head_dim, head_dim);
   }
   for (int64_t pass = 0; pass < iterations; ++pass) {
     if (pass > 0) {
-      const int64_t before = clusters_in_pass(clusters, pass - 1);
+      const int64_t before = clusters_in_pass(tokens, clusters, pass - 1);
       std::memset(memory.sums, 0, static_cast<size_t>(before * head_dim) * sizeof(float));
       for (int64_t c = 0; c < before; ++c) memory.counts[c] = 0;
       for (int64_t t = 0; t < tokens; ++t) {
@@ -268,7 +268,7 @@ inline void cluster_segment(
         set_outliers(memory, tokens, regular, clusters - regular, head_dim);
       }
     }
-    const int64_t live = clusters_in_pass(clusters, pass);
+    const int64_t live = clusters_in_pass(tokens, clusters, pass);
     for (int64_t t = 0; t < rows; t += kTile) {
       assign_tile(memory.scored + t * head_dim, memory.panels, live, head_dim, memory.assigned + t);
     }

@@ -458,11 +458,11 @@ __device__ void update_centroids(
     int32_t first_cluster,
     int warps,
     int32_t* histogram) {
-  const int64_t before = clusters_in_pass(clusters, pass - 1);
+  const int64_t before = clusters_in_pass(tokens, clusters, pass - 1);
   sort_by_cluster<kWarps>(
       assigned, tokens, first_cluster, before, warps, histogram, memory.starts, memory.order);
   next_centroids<T, kGroups, kWarps>(keys, before, head_dim, memory);
-  if (clusters_in_pass(clusters, pass) > before) {
+  if (clusters_in_pass(tokens, clusters, pass) > before) {
     outlier_centroids<T, kGroups, kWarps>(
         keys, tokens, before, clusters - before, head_dim, memory, assigned);
   }

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 1)
        ++grown) {
     segment_mean<T, kVectorOf<kGroups>, kWarps>(keys, segment, head_dim, memory.mean, sums);
     first_centroids<T, kGroups, kWarps>(
-        keys, segment, clusters_in_pass(params.clusters, 0), head_dim, memory);
+        keys, segment, clusters_in_pass(segment, params.clusters, 0), head_dim, memory);
     for (int64_t pass = 0; pass < op.iterations; ++pass) {
       __syncthreads();
       if (pass > 0) {
@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       for (int64_t t = 0; t < segment; t += kWarps * kWarpTokens<kGroups>) {
         assign_tokens<T, kGroups, kWarps, kWarpTokens<kGroups>>(
-            keys, t, segment, clusters_in_pass(params.clusters, pass), head_dim, memory, assigned,
-            0, shared);
+            keys, t, segment, clusters_in_pass(segment, params.clusters, pass), head_dim, memory,
+            assigned, 0, shared);
       }
     }
     __syncthreads();

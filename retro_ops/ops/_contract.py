@@ -68,9 +68,9 @@ def cluster_count(tokens: int, cluster_size: int) -> int:
     return max((2 * tokens + cluster_size) // (2 * cluster_size), 1)
 
 
-def outlier_count(clusters: int) -> int:
+def outlier_count(tokens: int, clusters: int) -> int:
     """Clusters of a segment, out of `clusters`, that are for outliers."""
-    return clusters // OUTLIER_SHARE
+    return clusters // OUTLIER_SHARE if clusters < tokens else 0
 
 
 def retrieved_count(retrieval_budget: float, min_retrieved_clusters: int, clusters: int) -> int:

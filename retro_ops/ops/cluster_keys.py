@@ -27,7 +27,7 @@ def cluster_keys(
     passes: before the third, cluster j of them gets the direction of the key that is farthest from
     the mean of its cluster, among the keys j, j + o, j + 2 o, ... of the segment (the first of
     equals). A key that is like no other, a number in a long text, is thus not drowned by a cluster
-    whose mean says nothing of it.
+    whose mean says nothing of it. A segment with as many clusters as keys needs none of this.
 
     Source: RetroInfer (arXiv 2505.02922), section 4.2; departs in the outliers, in that the last
     pass, too, stays inside the segment, and that the mean is the segment's: indexing two segments
@@ -79,7 +79,7 @@ def reference(
 
 
 def _cluster_segment(centred: Tensor, clusters: int, iterations: int) -> Tensor:
-    tokens, outliers = len(centred), contract.outlier_count(clusters)
+    tokens, outliers = len(centred), contract.outlier_count(len(centred), clusters)
     regular = clusters - outliers
     seeds = [(2 * cluster + 1) * tokens // (2 * regular) for cluster in range(regular)]
     centroids = _directions(centred[seeds])
