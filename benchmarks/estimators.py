@@ -33,7 +33,8 @@ class Built:
 
     config: RetroConfig
     metric: str = ""
-    """"": cosine of centred keys, the default; "euclidean": distance; with "queries" or "queries,
+    """"": cosine of centred keys, the default; "plain": the same without clusters for outliers;
+    "euclidean": distance, without them; with "queries" or "queries,
     elements" behind it, the same after a linear map that makes squared lengths the mean squared
     products with the last prompt queries, with the correlations of elements or without."""
     flat: float = 0.1
@@ -139,7 +140,9 @@ def _assign(recording: Recording, built: Built, first: int, last: int) -> Tensor
         keys = keys @ torch.linalg.cholesky(second)
     tokens = last - first
     if built.metric.startswith("euclidean"):
-        assignment = _euclidean(keys[0], config)
+        assignment = _plain(keys[0], config, by_distance=True)
+    elif built.metric == "plain":
+        assignment = _plain(keys[0], config, by_distance=False)
     else:
         assignment = cluster_keys(
             keys.contiguous(),
@@ -158,8 +161,8 @@ def _assign(recording: Recording, built: Built, first: int, last: int) -> Tensor
     return assignment
 
 
-def _euclidean(keys: Tensor, config: RetroConfig) -> Tensor:
-    """k-means by distance, otherwise as `cluster_keys` does it: `[H, N]` int64."""
+def _plain(keys: Tensor, config: RetroConfig, *, by_distance: bool) -> Tensor:
+    """k-means without clusters for outliers, otherwise as `cluster_keys`: `[H, N]` int64."""
     heads, tokens, head_dim = keys.shape
     segments = segment_count(tokens, config.segment_size)
     clusters = cluster_count(tokens, config.cluster_size)
@@ -169,9 +172,13 @@ def _euclidean(keys: Tensor, config: RetroConfig) -> Tensor:
         lowest, highest = (clusters * (segment + step) // segments for step in (0, 1))
         count, own = highest - lowest, keys[:, begin:end]
         seeds = (2 * torch.arange(count) + 1) * (end - begin) // (2 * count)
+        own = own - own.mean(dim=1, keepdim=True)
         means = own[:, seeds]
         for step in range(config.kmeans_iterations):
-            distance = means.square().sum(dim=2)[:, None] - 2 * own @ means.transpose(1, 2)
+            if by_distance:
+                distance = means.square().sum(dim=2)[:, None] - 2 * own @ means.transpose(1, 2)
+            else:
+                distance = -own @ torch.nn.functional.normalize(means, dim=2).transpose(1, 2)
             assigned = distance.argmin(dim=2)
             if step + 1 < config.kmeans_iterations:
                 index = assigned[..., None].expand(-1, -1, head_dim)
@@ -633,6 +640,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         for size in (8, 12, 20, 24, 32)
     },
     "grouping": {
+        "no clusters for outliers": _built(metric="plain"),
         "segments of 4,096": _built(segment_size=4096),
         "segments of 16,384, 5 passes": _built(segment_size=16384, kmeans_iterations=5),
         "segments of 16,384, 10 passes": _built(segment_size=16384),

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from retro_ops import cluster_keys
-from retro_ops.ops._contract import ELEMENT_DTYPES, cluster_count, segment_count
+from retro_ops.ops._contract import (
+    ELEMENT_DTYPES,
+    OUTLIER_PASS,
+    cluster_count,
+    outlier_count,
+    segment_count,
+)
 from retro_ops.ops.cluster_keys import reference
 from retro_ops.testing import (
     Arguments,
@@ -68,7 +74,7 @@ def segments_of(
 
 
 def separated(variant: Variant, tokens: int, cluster_size: int, segment_size: int) -> tuple:
-    """Arguments whose clusters no rounding can confuse, and those clusters."""
+    """Arguments whose clusters no rounding can confuse, outliers among them, and those clusters."""
     generator = variant.generator
     keys = 5.0 + 0.05 * torch.randn(
         variant.rows, variant.heads, tokens, variant.head_dim, generator=generator
@@ -77,15 +83,32 @@ def separated(variant: Variant, tokens: int, cluster_size: int, segment_size: in
     spans = [(row, tokens - row) for row in range(variant.rows)]
     for row, (first, last) in enumerate(spans):
         for begin, end, low, high in segments_of(last - first, cluster_size, segment_size):
-            for token in range(begin, end):
-                # Seeds are evenly spaced: each lies in a group of its own.
-                group = (token - begin) * (high - low) // (end - begin)
-                sign = 1 if group < variant.head_dim else -1
-                keys[row, :, first + token, group % variant.head_dim] += 8 * sign
-                expected[row, :, first + token] = low + group
+            assert high - low <= variant.head_dim
+            for token, cluster in enumerate(separate_clusters(end - begin, high - low)):
+                keys[row, :, first + begin + token, cluster] += 8
+                expected[row, :, first + begin + token] = low + cluster
     arguments = make(variant, tokens, spans, cluster_size, segment_size)
     arguments["keys"] = in_layout(keys.to(variant.dtype), variant.layout)
     return arguments, expected
+
+
+def separate_clusters(tokens: int, clusters: int) -> list[int]:
+    """The cluster of each token of a segment: groups of neighbours, outliers in some of them."""
+    outliers = outlier_count(tokens, clusters)
+    regular = clusters - outliers
+    # Seeds are evenly spaced: each lies in a group of its own.
+    found = [token * regular // tokens for token in range(tokens)]
+    seeds = {(2 * cluster + 1) * tokens // (2 * regular) for cluster in range(regular)}
+    used: set[int] = set()
+    for outlier in range(outliers):
+        token = next(
+            token
+            for token in range(outlier, tokens, outliers)
+            if token not in seeds and found[token] not in used and found.count(found[token]) > 2
+        )
+        used.add(found[token])
+        found[token] = regular + outlier
+    return found
 
 
 def assert_every_pass_is_best(
@@ -122,19 +145,30 @@ def assert_segment(
     norm = centred.norm(dim=1)
     # Error of a centred key, and of a unit centroid, in Euclidean norm.
     key_error = (tokens + 2) * FLOAT32_ROUNDING * head_dim**0.5 * float(keys.abs().max())
-    seeds = [(2 * cluster + 1) * tokens // (2 * clusters) for cluster in range(clusters)]
-    sums, error = centred[seeds], torch.full((clusters,), 2 * key_error, dtype=torch.float64)
+    regular = clusters - outlier_count(tokens, clusters)
+    seeds = [(2 * cluster + 1) * tokens // (2 * regular) for cluster in range(regular)]
+    sums, error = centred[seeds], torch.full((regular,), 2 * key_error, dtype=torch.float64)
     centroids = torch.zeros_like(sums)
-    centroid_error = torch.zeros(clusters, dtype=torch.float64)
-    moved = torch.ones(clusters, dtype=torch.bool)
-    for assigned in passes:
+    centroid_error = torch.zeros(regular, dtype=torch.float64)
+    moved = torch.ones(regular, dtype=torch.bool)
+    count = torch.ones(regular, dtype=torch.int64)
+    before = torch.zeros(tokens, dtype=torch.int64)
+    for step, assigned in enumerate(passes):
         length = sums.norm(dim=1)
         turned = (error / length + 4 * FLOAT32_ROUNDING).nan_to_num(2.0, 2.0).clamp(max=2.0)
         centroid_error = torch.where(moved, turned, centroid_error)
         unit = torch.nn.functional.normalize(sums, dim=1, eps=1e-300)
         centroids = torch.where((moved & (length > 0))[:, None], unit, centroids)
+        if step == OUTLIER_PASS:
+            mean, mean_error = sums / count.clamp(min=1)[:, None], error / count.clamp(min=1)
+            distance = (centred - mean[before]).norm(dim=1)
+            blur = key_error + mean_error[before] + (head_dim + 4) * FLOAT32_ROUNDING * distance
+            added = outlier_centroids(centred, distance, blur, clusters - regular)
+            centroids = torch.cat((centroids, added[0]))
+            seed_error = (2 * key_error / norm + 4 * FLOAT32_ROUNDING).nan_to_num(2.0, 2.0)
+            centroid_error = torch.cat((centroid_error, seed_error[added[1]] + added[2]))
         assert int(assigned.min()) >= 0, name
-        assert int(assigned.max()) < clusters, name
+        assert int(assigned.max()) < len(centroids), name
         score = centred @ centroids.T
         inner = 2 * rounding + (head_dim + 4) * FLOAT32_ROUNDING
         bound = norm[:, None] * (1.01 * inner + centroid_error) + key_error
@@ -146,17 +180,33 @@ def assert_segment(
             f"{name}: token {worst} is in cluster {int(assigned[worst])} by "
             f"{float(score[worst, assigned[worst]])}, the best scores {float(score[worst].max())}"
         )
-        count = torch.bincount(assigned, minlength=clusters)
-        moved = count > 0
+        count = torch.bincount(assigned, minlength=len(centroids))
+        moved, before = count > 0, assigned
         sums = torch.zeros_like(sums).index_add_(0, assigned, centred)
-        lengths = torch.zeros(clusters, dtype=torch.float64).index_add_(0, assigned, norm)
+        lengths = torch.zeros(len(centroids), dtype=torch.float64).index_add_(0, assigned, norm)
         error = count * (FLOAT32_ROUNDING * lengths + key_error)
+
+
+def outlier_centroids(
+    centred: Tensor, distance: Tensor, blur: Tensor, outliers: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Directions of the farthest of every `outliers`-th key, those keys, and by how much another
+    direction may be off that rounding may take for the farthest."""
+    unit = torch.nn.functional.normalize(centred, dim=1, eps=1e-300)
+    farthest = torch.zeros(outliers, dtype=torch.int64)
+    apart = torch.zeros(outliers, dtype=torch.float64)
+    for outlier in range(outliers):
+        own = torch.arange(outlier, len(centred), outliers)
+        farthest[outlier] = own[distance[own].argmax()]
+        near = own[(distance + blur)[own] >= (distance - blur)[own].max()]
+        apart[outlier] = (unit[near] - unit[farthest[outlier]]).norm(dim=1).max()
+    return unit[farthest], farthest, apart
 
 
 @pytest.mark.parametrize("dtype", ELEMENT_DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("tokens", "cluster_size", "segment_size", "head_dim"),
-    [(1, 4, 16, 64), (17, 4, 64, 64), (96, 4, 32, 80), (130, 3, 130, 64), (50, 1, 7, 16)],
+    [(1, 4, 16, 64), (17, 4, 64, 64), (96, 4, 32, 80), (130, 3, 130, 64), (50, 1, 6, 16)],
     ids=["one token", "one segment", "segments", "more clusters than a panel", "clusters of one"],
 )
 def test_matches_reference(
@@ -266,7 +316,7 @@ def test_captures(dtype: torch.dtype) -> None:
     spans=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=3, max_size=3),
     cluster_size=st.sampled_from((1, 2, 3, 5, 16, 2**62, 2**63 - 1)),
     segment_tokens=st.sampled_from((0, 1, 7, 29, 1000)),
-    iterations=st.integers(1, 3),
+    iterations=st.integers(1, OUTLIER_PASS + 2),
 )
 def test_every_pass_assigns_to_the_best_cluster(
     device: str,
@@ -296,13 +346,30 @@ def test_ties_go_to_the_lower_cluster(device: str, iterations: int) -> None:
     directions[0, 3], directions[1, 3], directions[2, 9], directions[3, 9] = 2.0, -2.0, 4.0, -4.0
     direction = torch.arange(160) // 2 % 4
     keys = directions[direction].view(1, 1, 160, 32)
-    # Of 80 clusters, more than one panel of centroids, the first four have seeds of their own.
-    seeds = direction[1::2].tolist()
+    # Of 70 regular clusters, more than one panel of centroids, the first of each direction wins,
+    # and the 10 of outliers, which are no better, stay empty.
+    seeds = direction[[(2 * cluster + 1) * 160 // 140 for cluster in range(70)]].tolist()
     expected = torch.tensor([seeds.index(one) for one in direction.tolist()], dtype=torch.int32)
     spans = torch.tensor([[0, 160]])
     for kernels in every_kernel(device):
         assigned = cluster_keys(keys.to(device), spans.to(device), 2, 160, iterations)
         assert_same(assigned[0, 0].cpu(), expected, kernels)
+
+
+def test_a_key_like_no_other_has_its_own_cluster(device: str) -> None:
+    """The digits of a number in a long text: neighbours, each far from every other key."""
+    generator = torch.Generator().manual_seed(0)
+    topics = 4 * torch.randn(1, 2, 56, 64, generator=generator)
+    keys = topics[:, :, torch.arange(1024) * 56 // 1024]
+    keys += 0.5 * torch.randn(keys.shape, generator=generator)
+    number = range(601, 608)
+    keys[:, :, 601:608] = 2 * torch.randn(1, 2, 7, 64, generator=generator)
+    spans = torch.tensor([[0, 1024]])
+    for kernels in every_kernel(device):
+        assigned = cluster_keys(keys.to(device), spans.to(device), 16, 1024, 10).cpu()
+        for head in assigned[0]:
+            sizes = torch.bincount(head)
+            assert [int(sizes[head[token]]) for token in number] == [1] * 7, kernels
 
 
 def test_equal_keys_share_a_cluster(device: str) -> None:

@@ -26,6 +26,8 @@ struct Segment {
   TokenRows<T> keys;
   SegmentMemory<T> memory;
   int32_t* assigned;
+
+  __device__ __forceinline__ int64_t outliers() const { return outlier_count(tokens, clusters); }
 };
 
 struct Span {
@@ -87,12 +89,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   segment_mean<T, kVectorOf<kGroups>, kWarps>(
       segment.keys, segment.tokens, head_dim, segment.memory.mean, sums);
   first_centroids<T, kGroups, kWarps>(
-      segment.keys, segment.tokens, segment.clusters, head_dim, segment.memory);
+      segment.keys, segment.tokens, segment.clusters - segment.outliers(), head_dim,
+      segment.memory);
 }
 
 template <typename T, int kGroups>
 __global__ void __launch_bounds__(kAssignWarps * 32, 2)
-    assign_kernel(const __grid_constant__ KMeansParams params, int64_t blocks) {
+    assign_kernel(const __grid_constant__ KMeansParams params, int64_t pass, int64_t blocks) {
   extern __shared__ __align__(kSharedLine) uint4 shared[];
   release_successor();
   wait_for_predecessor();
@@ -100,25 +103,25 @@ __global__ void __launch_bounds__(kAssignWarps * 32, 2)
   const int64_t begin = blockIdx.x % blocks * kAssignWarps * kWarpTokens<kGroups>;
   if (begin >= segment.tokens) return;
   assign_tokens<T, kGroups, kAssignWarps, kWarpTokens<kGroups>>(
-      segment.keys, begin, segment.tokens, segment.clusters, static_cast<int>(params.op.head_dim),
-      segment.memory, segment.assigned, static_cast<int32_t>(segment.first_cluster), shared);
+      segment.keys, begin, segment.tokens,
+      clusters_in_pass(segment.clusters, segment.outliers(), pass),
+      static_cast<int>(params.op.head_dim), segment.memory, segment.assigned,
+      static_cast<int32_t>(segment.first_cluster), shared);
 }
 
 template <typename T, int kGroups>
 __global__ void __launch_bounds__(kThreads, 1)
-    update_kernel(const __grid_constant__ KMeansParams params) {
+    update_kernel(const __grid_constant__ KMeansParams params, int64_t pass) {
   extern __shared__ int32_t counts[];
   release_successor();
   wait_for_predecessor();
   const Segment<T> segment = segment_at<T, kGroups>(params, blockIdx.x);
   if (segment.tokens == 0) return;
-  sort_by_cluster<kWarps>(
-      segment.assigned, segment.tokens, static_cast<int32_t>(segment.first_cluster),
-      segment.clusters, params.sort.warps,
-      params.sort.shared_bytes > 0 ? counts : segment.memory.histogram, segment.memory.starts,
-      segment.memory.order);
-  next_centroids<T, kGroups, kWarps>(
-      segment.keys, segment.clusters, static_cast<int>(params.op.head_dim), segment.memory);
+  update_centroids<T, kGroups, kWarps>(
+      segment.keys, segment.tokens, segment.clusters, segment.outliers(), pass,
+      static_cast<int>(params.op.head_dim), segment.memory, segment.assigned,
+      static_cast<int32_t>(segment.first_cluster), params.sort.warps,
+      params.sort.shared_bytes > 0 ? counts : segment.memory.histogram);
 }
 
 template <typename T, int kGroups>
@@ -148,11 +151,11 @@ void run(const Launcher& launch, const Tensor& keys, KMeansParams& params) {
     if (pass > 0) {
       launch(
           update_kernel<T, kGroups>, grid_of(segments), kThreads, params.sort.shared_bytes, 1,
-          params);
+          params, pass);
     }
     launch(
         assign_kernel<T, kGroups>, grid_of(segments * blocks), kAssignWarps * 32,
-        kAssignBytes<kGroups>, 1, params, blocks);
+        kAssignBytes<kGroups>, 1, params, pass, blocks);
   }
 }
 

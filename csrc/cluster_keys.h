@@ -26,6 +26,21 @@ RETRO_HOST_DEVICE inline int64_t cluster_count(int64_t tokens, int64_t cluster_s
   return tokens > 0 ? parts(tokens, cluster_size) : 0;
 }
 
+// Clusters of a segment, out of `clusters`, that are for outliers: the last ones, empty before the pass
+// that gives them their keys. Where every token may have a cluster, there are none.
+constexpr int64_t kOutlierShare = 8;
+constexpr int64_t kOutlierPass = 2;
+
+RETRO_HOST_DEVICE inline int64_t outlier_count(int64_t tokens, int64_t clusters) {
+  return clusters < tokens ? clusters / kOutlierShare : 0;
+}
+
+// Clusters of a segment that take part in a pass.
+RETRO_HOST_DEVICE inline int64_t clusters_in_pass(
+    int64_t clusters, int64_t outliers, int64_t pass) {
+  return pass < kOutlierPass ? clusters - outliers : clusters;
+}
+
 // Segments that a span of `tokens` tokens is cut into: tokens / segment_size, halves up, at least one.
 RETRO_HOST_DEVICE inline int64_t segment_count(int64_t tokens, int64_t segment_size) {
   return parts(tokens, segment_size);

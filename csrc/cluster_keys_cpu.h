@@ -41,6 +41,8 @@ struct SegmentMemory {
   Scored* panels;     // [clusters rounded up to kPanel, D], unit centroids as panels
   float* sums;        // [clusters, D]
   int64_t* counts;    // [clusters]
+  float* distances;   // [outliers]: of the farthest keys from the means of their clusters, squared
+  int64_t* farthest;  // [outliers]: those keys
   double* mean;       // [D]
   int32_t* assigned;  // [tokens rounded up to kTile]
 
@@ -50,6 +52,8 @@ struct SegmentMemory {
         Scratch::bytes<Scored>(kRounded ? rows * head_dim : 0) +
         Scratch::bytes<Scored>(round_up(clusters, kPanel) * head_dim) +
         Scratch::bytes<float>(clusters * head_dim) + Scratch::bytes<int64_t>(clusters) +
+        Scratch::bytes<float>(outlier_count(tokens, clusters)) +
+        Scratch::bytes<int64_t>(outlier_count(tokens, clusters)) +
         Scratch::bytes<double>(head_dim) + Scratch::bytes<int32_t>(rows);
   }
 
@@ -65,6 +69,8 @@ struct SegmentMemory {
     memory.panels = scratch.take<Scored>(round_up(clusters, kPanel) * head_dim);
     memory.sums = scratch.take<float>(clusters * head_dim);
     memory.counts = scratch.take<int64_t>(clusters);
+    memory.distances = scratch.take<float>(outlier_count(tokens, clusters));
+    memory.farthest = scratch.take<int64_t>(outlier_count(tokens, clusters));
     memory.mean = scratch.take<double>(head_dim);
     memory.assigned = scratch.take<int32_t>(rows);
     return memory;
@@ -171,14 +177,48 @@ inline void assign_tile(
   }
 }
 
+// Centroids of outliers, behind the `regular` ones: of the keys t, t + outliers, ... each gets the one that
+// is farthest from the mean of its cluster, by the sums and counts of the last pass. Neighbours in the
+// text, the digits of one number, do not compete.
+inline void set_outliers(
+    const SegmentMemory& memory,
+    int64_t tokens,
+    int64_t regular,
+    int64_t outliers,
+    int64_t head_dim) {
+  for (int64_t i = 0; i < outliers; ++i) memory.distances[i] = -1.0f;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t c = memory.assigned[t], i = t % outliers;
+    const float* sum = memory.sums + c * head_dim;
+    const float* row = memory.keys + t * head_dim;
+    const float inverse = 1.0f / static_cast<float>(memory.counts[c]);
+    floats squares{};
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+      const floats difference = load(row + d) - load(sum + d) * inverse;
+      squares += difference * difference;
+    }
+    const float distance = reduce_add(squares);
+    if (distance > memory.distances[i]) {
+      memory.distances[i] = distance;
+      memory.farthest[i] = t;
+    }
+  }
+  for (int64_t i = 0; i < outliers; ++i) {
+    if (memory.distances[i] < 0.0f) continue;  // no number
+    const float* row = memory.keys + memory.farthest[i] * head_dim;
+    set_centroid(memory.panels, regular + i, row, head_dim);
+  }
+}
+
 // Clusters `tokens` rows, starting at key(0), into ids 0 .. clusters - 1, left in memory.assigned. Centroid
-// c begins as seed(c), a row like those of keys.
+// c begins as seed(c), a row like those of keys, but for the last `outliers`, which set_outliers makes.
 template <typename T, typename Key, typename Seed>
 inline void cluster_segment(
     const Key& key,
     const Seed& seed,
     int64_t tokens,
     int64_t clusters,
+    int64_t outliers,
     int64_t head_dim,
     int64_t iterations,
     const SegmentMemory& memory) {
@@ -204,7 +244,8 @@ inline void cluster_segment(
   std::memset(
       memory.panels, 0,
       static_cast<size_t>(round_up(clusters, kPanel) * head_dim) * sizeof(Scored));
-  for (int64_t c = 0; c < clusters; ++c) {
+  const int64_t regular = clusters - outliers;
+  for (int64_t c = 0; c < regular; ++c) {
     float row[kMaxHeadDim];
     load_row(static_cast<const T*>(seed(c)), head_dim, row);
     for (int64_t d = 0; d < head_dim; ++d) row[d] -= static_cast<float>(memory.mean[d]);
@@ -212,8 +253,9 @@ inline void cluster_segment(
   }
   for (int64_t pass = 0; pass < iterations; ++pass) {
     if (pass > 0) {
-      std::memset(memory.sums, 0, static_cast<size_t>(clusters * head_dim) * sizeof(float));
-      for (int64_t c = 0; c < clusters; ++c) memory.counts[c] = 0;
+      const int64_t before = clusters_in_pass(clusters, outliers, pass - 1);
+      std::memset(memory.sums, 0, static_cast<size_t>(before * head_dim) * sizeof(float));
+      for (int64_t c = 0; c < before; ++c) memory.counts[c] = 0;
       for (int64_t t = 0; t < tokens; ++t) {
         const int64_t c = memory.assigned[t];
         float* sum = memory.sums + c * head_dim;
@@ -222,15 +264,18 @@ inline void cluster_segment(
           store(sum + d, load(sum + d) + load(row + d));
         ++memory.counts[c];
       }
-      for (int64_t c = 0; c < clusters; ++c) {
+      for (int64_t c = 0; c < before; ++c) {
         // the sum has the direction of the mean; an empty cluster keeps its centroid
         if (memory.counts[c] > 0)
           set_centroid(memory.panels, c, memory.sums + c * head_dim, head_dim);
       }
+      if (pass == kOutlierPass && outliers > 0) {
+        set_outliers(memory, tokens, regular, outliers, head_dim);
+      }
     }
+    const int64_t live = clusters_in_pass(clusters, outliers, pass);
     for (int64_t t = 0; t < rows; t += kTile) {
-      assign_tile(
-          memory.scored + t * head_dim, memory.panels, clusters, head_dim, memory.assigned + t);
+      assign_tile(memory.scored + t * head_dim, memory.panels, live, head_dim, memory.assigned + t);
     }
   }
 }
@@ -270,9 +315,11 @@ void cluster_keys_typed(const ClusterKeysParams& params) {
       const auto key = [&](int64_t t) {
         return params.keys.row<const T>(b, h, first + segment.first + t);
       };
+      const int64_t outliers = outlier_count(segment.tokens, segment.clusters);
+      const int64_t regular = segment.clusters - outliers;
       cluster_segment<T>(
-          key, [&](int64_t c) { return key(seed_token(c, segment.tokens, segment.clusters)); },
-          segment.tokens, segment.clusters, params.head_dim, params.iterations, memory);
+          key, [&](int64_t c) { return key(seed_token(c, segment.tokens, regular)); },
+          segment.tokens, segment.clusters, outliers, params.head_dim, params.iterations, memory);
       for (int64_t t = 0; t < segment.tokens; ++t) {
         assignment[first + segment.first + t] =
             static_cast<int32_t>(segment.cluster) + memory.assigned[t];

@@ -374,6 +374,101 @@ __device__ void next_centroids(
   }
 }
 
+// Centroids of outliers, behind the `regular` ones, from the sorted tokens: of the tokens t, t + outliers,
+// ... each gets the one that is farthest from the mean of its cluster. Neighbours in the text, the digits
+// of one number, do not compete. `distances` [tokens] gets the bits of squared distances.
+template <typename T, int kGroups, int kWarps>
+__device__ void outlier_centroids(
+    const TokenRows<T>& keys,
+    int64_t tokens,
+    int64_t regular,
+    int64_t outliers,
+    int head_dim,
+    const SegmentMemory<T>& memory,
+    int32_t* distances) {
+  constexpr int kVector = kVectorOf<kGroups>;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const bool inside = lane * kVector < head_dim;
+  float mean[kVector];
+  load_mean<kVector>(memory.mean, head_dim, mean);
+  const auto load = [&](int64_t t, float (&row)[kVector]) {
+    Vector<T, kVector> raw;
+    raw.clear();
+    if (inside) raw.load(keys.row(t) + lane * kVector);
+    raw.to_floats(row);
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) row[e] -= mean[e];
+  };
+  for (int64_t c = warp; c < regular; c += kWarps) {
+    const int32_t first = memory.starts[c], last = memory.starts[c + 1];
+    float center[kVector] = {}, row[kVector];
+#pragma unroll 4
+    for (int32_t i = first; i < last; ++i) {
+      load(memory.order[i], row);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) center[e] += row[e];
+    }
+    const float inverse = 1.0f / static_cast<float>(last - first);
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) center[e] *= inverse;
+#pragma unroll 4
+    for (int32_t i = first; i < last; ++i) {
+      const int32_t t = memory.order[i];
+      load(t, row);
+      float squares = 0.0f;
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) squares += (row[e] - center[e]) * (row[e] - center[e]);
+      squares = sum_of_warp(squares);
+      if (lane == 0) distances[t] = __float_as_int(squares);
+    }
+  }
+  __syncthreads();
+  for (int64_t i = warp; i < outliers; i += kWarps) {
+    float best = -1.0f;
+    int32_t farthest = 0;
+    for (int64_t t = i + lane * outliers; t < tokens; t += 32 * outliers) {
+      const float own = __int_as_float(distances[t]);
+      if (own > best) best = own, farthest = static_cast<int32_t>(t);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      const float other = __shfl_xor_sync(kAllLanes, best, step);
+      const int32_t candidate = __shfl_xor_sync(kAllLanes, farthest, step);
+      if (other > best || (other == best && candidate < farthest)) {
+        best = other;
+        farthest = candidate;
+      }
+    }
+    float row[kVector] = {};
+    if (best >= 0.0f) load(farthest, row);  // else no number
+    set_centroid<T, kGroups>(memory, regular + i, row, mean, true);
+  }
+}
+
+// The centroids of a pass after the first, from the assignment of the pass before; `assigned` is used up.
+template <typename T, int kGroups, int kWarps>
+__device__ void update_centroids(
+    const TokenRows<T>& keys,
+    int64_t tokens,
+    int64_t clusters,
+    int64_t outliers,
+    int64_t pass,
+    int head_dim,
+    const SegmentMemory<T>& memory,
+    int32_t* assigned,
+    int32_t first_cluster,
+    int warps,
+    int32_t* histogram) {
+  const int64_t before = clusters_in_pass(clusters, outliers, pass - 1);
+  sort_by_cluster<kWarps>(
+      assigned, tokens, first_cluster, before, warps, histogram, memory.starts, memory.order);
+  next_centroids<T, kGroups, kWarps>(keys, before, head_dim, memory);
+  if (clusters_in_pass(clusters, outliers, pass) > before) {
+    outlier_centroids<T, kGroups, kWarps>(
+        keys, tokens, before, outliers, head_dim, memory, assigned);
+  }
+}
+
 constexpr int kTogetherClusters = 64;  // of which a block holds the centroids, twice
 
 // Tokens that one warp compares with all clusters at a time, if its kernel does nothing else: their keys

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         : params.histogram + task * params.histogram_size;
     Packing packing = {b, h, slots, clusters, batch.clusters, memory.starts, memory.order};
     TokenRows<T> keys, values, seeds;
-    int64_t seed_tokens = segment;
+    int64_t seed_tokens = segment, outliers = outlier_count(segment, batch.clusters);
     GroupSums old = {0.0f, 0.0f};
     if (merging) {
       // Packed once more as they are, but into a copy, which also says what they add to the totals.
@@ -151,6 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           index.centroid_keys.row<const T>(b, h, packing.first_cluster),
           index.centroid_keys.stride_t};
       seed_tokens = batch.clusters;
+      outliers = 0;  // theirs are among them
     } else {
       keys = {op.steady_keys.row<const T>(b, h, op.sink_tokens), op.steady_keys.stride_t};
       values = {op.steady_values.row<const T>(b, h, op.sink_tokens), op.steady_values.stride_t};
@@ -158,19 +159,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 
     segment_mean<T, kVectorOf<kGroups>, kWarps>(keys, batch.tokens, head_dim, memory.mean, sums);
-    first_centroids<T, kGroups, kWarps>(seeds, seed_tokens, batch.clusters, head_dim, memory);
+    first_centroids<T, kGroups, kWarps>(
+        seeds, seed_tokens, clusters_in_pass(batch.clusters, outliers, 0), head_dim, memory);
     for (int64_t pass = 0; pass < batch.iterations; ++pass) {
       __syncthreads();
       if (pass > 0) {
-        sort_by_cluster<kWarps>(
-            assigned, batch.tokens, 0, batch.clusters, batch.sort.warps, memory.histogram,
-            memory.starts, memory.order);
-        next_centroids<T, kGroups, kWarps>(keys, batch.clusters, head_dim, memory);
+        update_centroids<T, kGroups, kWarps>(
+            keys, batch.tokens, batch.clusters, outliers, pass, head_dim, memory, assigned, 0,
+            batch.sort.warps, memory.histogram);
         __syncthreads();
       }
       for (int64_t t = 0; t < batch.tokens; t += kWarps * kWarpTokens<kGroups>) {
         assign_tokens<T, kGroups, kWarps, kWarpTokens<kGroups>>(
-            keys, t, batch.tokens, batch.clusters, head_dim, memory, assigned, 0, shared);
+            keys, t, batch.tokens, clusters_in_pass(batch.clusters, outliers, pass), head_dim,
+            memory, assigned, 0, shared);
       }
     }
     __syncthreads();

@@ -16,9 +16,10 @@ inline void grow_head(const GrowIndexParams& params, int64_t b, int64_t h, int64
   const auto value = [&](int64_t t) {
     return params.steady_values.row<T>(b, h, params.sink_tokens + t);
   };
+  const int64_t outliers = outlier_count(tokens, clusters);
   cluster_segment<T>(
-      key, [&](int64_t c) { return key(seed_token(c, tokens, clusters)); }, tokens, clusters,
-      head_dim, params.iterations, memory);
+      key, [&](int64_t c) { return key(seed_token(c, tokens, clusters - outliers)); }, tokens,
+      clusters, outliers, head_dim, params.iterations, memory);
   pack_tokens<T>(
       params.index, end_of_index(params.index, b), b, h, tokens, clusters, head_dim, key, value,
       [&](int64_t t) { return memory.assigned[t]; }, scratch.take<float>(kSumRows * head_dim));
@@ -82,7 +83,7 @@ inline void merge_head(const GrowIndexParams& params, int64_t b, int64_t h, int6
   const auto key = [&](int64_t t) { return keys + t * head_dim; };
   cluster_segment<T>(
       key, [&](int64_t c) { return index.centroid_keys.row<const T>(b, h, place.cluster + c); },
-      tokens, clusters, head_dim, params.merge_iterations, memory);
+      tokens, clusters, 0, head_dim, params.merge_iterations, memory);
   pack_tokens<T>(
       index, place, b, h, tokens, clusters, head_dim, key,
       [&](int64_t t) { return values + t * head_dim; },

@@ -56,11 +56,22 @@ class DecisionHeader(IntEnum):
     COUNT = 1
 
 
+OUTLIER_SHARE = 8
+"""One cluster out of so many is for outliers."""
+OUTLIER_PASS = 2
+"""Passes of k-means before outliers get clusters of their own."""
+
+
 def cluster_count(tokens: int, cluster_size: int) -> int:
     """Clusters that `tokens` tokens become: tokens / cluster_size, halves up, at least one."""
     if tokens <= 0:
         return 0
     return max((2 * tokens + cluster_size) // (2 * cluster_size), 1)
+
+
+def outlier_count(tokens: int, clusters: int) -> int:
+    """Clusters of a segment, out of `clusters`, that are for outliers."""
+    return clusters // OUTLIER_SHARE if clusters < tokens else 0
 
 
 def retrieved_count(retrieval_budget: float, min_retrieved_clusters: int, clusters: int) -> int:

@@ -23,9 +23,16 @@ def cluster_keys(
 
     from evenly spaced keys; ties go to the lower cluster, an empty cluster keeps its centroid.
 
-    Source: RetroInfer (arXiv 2505.02922), section 4.2; departs in that the last pass, too, stays
-    inside the segment, and that the mean is the segment's: indexing two segments one after the
-    other gives the clusters of indexing them at once, and the work is linear in the context.
+    The last eighth of a segment's clusters, o of them, is for outliers, and empty in the first two
+    passes: before the third, cluster j of them gets the direction of the key that is farthest from
+    the mean of its cluster, among the keys j, j + o, j + 2 o, ... of the segment (the first of
+    equals). A key that is like no other, a number in a long text, is thus not drowned by a cluster
+    whose mean says nothing of it. A segment with as many clusters as keys needs none of this.
+
+    Source: RetroInfer (arXiv 2505.02922), section 4.2; departs in the outliers, in that the last
+    pass, too, stays inside the segment, and that the mean is the segment's: indexing two segments
+    one after the other gives the clusters of indexing them at once, and the work is linear in the
+    context.
 
     Args:
         keys: `[B, Hkv, T, D]`, float32, bfloat16 or float16, any strides.
@@ -72,16 +79,29 @@ def reference(
 
 
 def _cluster_segment(centred: Tensor, clusters: int, iterations: int) -> Tensor:
-    tokens = len(centred)
-    seeds = [(2 * cluster + 1) * tokens // (2 * clusters) for cluster in range(clusters)]
-    centroids = torch.nn.functional.normalize(centred[seeds], dim=1, eps=0.0).nan_to_num(0.0)
+    tokens, outliers = len(centred), contract.outlier_count(len(centred), clusters)
+    regular = clusters - outliers
+    seeds = [(2 * cluster + 1) * tokens // (2 * regular) for cluster in range(regular)]
+    centroids = _directions(centred[seeds])
     assigned = (centred @ centroids.T).argmax(dim=1)
-    for _ in range(iterations - 1):
+    for step in range(1, iterations):
         sums = torch.zeros_like(centroids).index_add_(0, assigned, centred)
         norms = sums.norm(dim=1, keepdim=True)
         centroids = torch.where(norms > 0, sums / norms, centroids)
+        if step == contract.OUTLIER_PASS:
+            sizes = torch.bincount(assigned, minlength=regular).clamp(min=1)
+            distance = (centred - (sums / sizes[:, None])[assigned]).square().sum(dim=1)
+            farthest = [
+                outlier + outliers * int(distance[outlier::outliers].argmax())
+                for outlier in range(outliers)
+            ]
+            centroids = torch.cat((centroids, _directions(centred[farthest])))
         assigned = (centred @ centroids.T).argmax(dim=1)
     return assigned.int()
+
+
+def _directions(vectors: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vectors, dim=1, eps=0.0).nan_to_num(0.0)
 
 
 @torch.library.register_fake(f"retro::{OP}")
