@@ -182,7 +182,7 @@ def assert_segment(
         )
         count = torch.bincount(assigned, minlength=len(centroids))
         moved, before = count > 0, assigned
-        sums = torch.zeros_like(sums).index_add_(0, assigned, centred)
+        sums = torch.zeros_like(centroids).index_add_(0, assigned, centred)
         lengths = torch.zeros(len(centroids), dtype=torch.float64).index_add_(0, assigned, norm)
         error = count * (FLOAT32_ROUNDING * lengths + key_error)
 

@@ -3,17 +3,16 @@
     python -m retro_ops.models.recall.train OUT          # recalls up to 32K tokens
     python -m retro_ops.models.recall.train OUT --long   # up to 128K
 
-Sequences grow from 256 tokens on: to the next length when answers at this one are right, and with
-what is left of the time at the last. Three quarters of each are a body with records, of a density
-that is drawn anew for every step; the rest are questions about it, and only their answers are
-learned. A model that falls apart, which one of this kind does now and then, goes on from before.
+Sequences grow from 256 tokens on. Three quarters of each are a body with records, of a density that
+differs from step to step; the rest are questions about it, and only their answers are learned. A
+model that falls apart, which one of this kind does now and then, goes on from before.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import random
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,23 +32,17 @@ from retro_ops.models.recall.task import (
 )
 
 TOKENS_PER_STEP = 1 << 18
-STAGES = ((256, 1e-3), (1024, 7e-4), (4096, 5e-4), (16384, 4e-4), (32768, 4e-4))
-"""Tokens of a sequence, and the learning rate with it."""
-LONG_STAGES = (*STAGES, (65536, 3e-4), (131072, 3e-4))
-SECONDS, LONG_SECONDS = 400.0, 840.0
-WARM_UP_STEPS = 40
-"""Of each stage, from a tenth of its rate on."""
+STAGES = ((256, 90), (1024, 60), (4096, 80), (16384, 120), (32768, 110))
+"""Tokens of a sequence, and seconds of training with it."""
+LONG_STAGES = (*STAGES, (65536, 110), (131072, 270))
+FIRST_RATE, LAST_RATE = 1e-3, 4e-4
+"""Of learning, in between by a cosine."""
+WARM_UP_STEPS = 100
 AVERAGED_STEPS = 20
-EARLIER_LENGTHS = 0.2
-"""Share of steps with a length that was learned before."""
-COOL_DOWN = 0.25
-"""Share of the time in which the rate falls to a twentieth."""
-LEARNED = 0.95
-"""Share of right answers, on average over some steps, with which the next stage begins."""
-LONGEST = 0.18
-"""Share of the time that a stage may take, on average with those before, if half is right."""
 FALLEN = 0.3
-"""Of right answers fewer than at best: the model goes on from its best."""
+"""Of right answers fewer than at best with a length: the model goes on from its best."""
+SLOWEST = 0.25
+"""Each time it does, the rate of the stage is halved, down to this factor."""
 LOWEST_DENSITY = 0.02
 GOLDEN = (5**0.5 - 1) / 2
 QUESTION_TOKENS = 5
@@ -140,86 +133,72 @@ class Progress:
     best: float = 0.0
     steps: int = 0
 
-    @property
-    def is_measured(self) -> bool:
-        """Whether the average is over all densities."""
-        return self.steps >= AVERAGED_STEPS
-
     def add(self, right: float) -> str:
-        """Counts a step: "learned", "fallen", "best" (worth keeping), or ""."""
+        """Counts a step: "fallen", "best" (worth keeping), or ""."""
         self.steps += 1
         self.right += (right - self.right) * max(1 / AVERAGED_STEPS, 1 / self.steps)
-        if not self.is_measured:
+        if self.steps < AVERAGED_STEPS:
             return ""
         if self.right < self.best - FALLEN:
             return "fallen"
-        better = self.right > self.best + 0.01
-        if better:
+        if self.right > self.best + 0.01:
             self.best = self.right
-        if self.steps >= WARM_UP_STEPS and self.right >= LEARNED:
-            return "learned"
-        return "best" if better else ""
+            return "best"
+        return ""
 
 
 def train(
-    device: torch.device, stages: tuple[tuple[int, float], ...], seconds: float, seed: int = 0
+    device: torch.device, stages: tuple[tuple[int, int], ...], seed: int = 0
 ) -> LlamaForCausalLM:
     """A trained model; prints a line now and then."""
     torch.manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
-    choice = random.Random(seed)
     model = make_model().to(device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+        model.parameters(), lr=FIRST_RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True
     )
+    total = sum(seconds for _, seconds in stages)
     begin = time.perf_counter()
-    stage, step, slower, next_line = 0, 0, 1.0, 0.0
-    progress = Progress()
-    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    while (now := time.perf_counter() - begin) < seconds:
-        tokens, rate = stages[stage]
-        earlier = stage > 0 and choice.random() < EARLIER_LENGTHS
-        if earlier:
-            tokens, _ = choice.choice(stages[:stage])
-        rate *= slower * min(0.1 + progress.steps / WARM_UP_STEPS, 1.0)
-        rate *= min(0.05 + 0.95 * (1 - now / seconds) / COOL_DOWN, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        # Any twenty steps in turn have all densities alike: their right answers can be compared.
-        ids, answers = make_batch(tokens, generator, step * GOLDEN % 1.0)
-        with torch.autocast(device.type, torch.bfloat16):
-            hidden = model.model(ids, use_cache=False).last_hidden_state
-            flat = answers.flatten(1)
-            asked = hidden.gather(1, flat[..., None].expand(*flat.shape, hidden.shape[2]))
-            logits = model.lm_head(asked)
-        truth = ids.gather(1, flat + 1)
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), truth.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        right = float((logits.argmax(dim=2) == truth).float().mean())
-        if now >= next_line:
-            print(f"{now:6.0f} s, step {step}, {tokens} tokens, loss {loss:.3f}, {right:.1%}")
-            next_line = now + 10
-        what = "" if earlier else progress.add(right)
-        overdue = now > LONGEST * (stage + 1) * seconds and stage + 1 < len(stages)
-        if overdue and what != "fallen" and progress.is_measured and progress.right > 0.5:
-            what = "learned"
-        if what == "best" or (what == "learned" and stage + 1 == len(stages) and step % 50 == 0):
-            kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-        elif what == "learned" and stage + 1 < len(stages):
-            stage, progress, slower = stage + 1, Progress(), 1.0
-            kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-            print(f"{now:6.0f} s, step {step}, on to {stages[stage][0]} tokens")
-        elif what == "fallen":
-            slower = max(slower / 2, 0.25)
-            model.load_state_dict(kept[0])
-            optimizer.load_state_dict(copy.deepcopy(kept[1]))
-            best = progress.best
-            progress = Progress(best=best)
-            print(f"{now:6.0f} s, step {step}, fallen from {best:.1%}: back, rate x {slower:g}")
+    stage_end, step = 0.0, 0
+    for tokens, seconds in stages:
+        stage_end += seconds
+        next_line, slower, progress = 0.0, 1.0, Progress()
+        kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        while (now := time.perf_counter() - begin) < stage_end:
+            rate = LAST_RATE + (FIRST_RATE - LAST_RATE) * (1 + math.cos(math.pi * now / total)) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = slower * rate * min((step + 1) / WARM_UP_STEPS, 1)
+            # Any twenty steps in turn have all densities alike: their answers can be compared.
+            ids, answers = make_batch(tokens, generator, step * GOLDEN % 1.0)
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden = model.model(ids, use_cache=False).last_hidden_state
+                flat = answers.flatten(1)
+                asked = hidden.gather(1, flat[..., None].expand(*flat.shape, hidden.shape[2]))
+                logits = model.lm_head(asked)
+            truth = ids.gather(1, flat + 1)
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), truth.flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            what = progress.add(float((logits.argmax(dim=2) == truth).float().mean()))
+            if now >= next_line:
+                print(
+                    f"{now:6.0f} s, step {step}, {tokens} tokens, loss {loss:.3f}, "
+                    f"{progress.right:.1%} on average"
+                )
+                next_line = now + 20
+            if what == "best":
+                kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            elif what == "fallen":
+                slower = max(slower / 2, SLOWEST)
+                model.load_state_dict(kept[0])
+                optimizer.load_state_dict(copy.deepcopy(kept[1]))
+                print(
+                    f"{now:6.0f} s, step {step}, fallen to {progress.right:.1%}: back to its best"
+                )
+                progress = Progress(best=progress.best)
     return model.eval()
 
 
@@ -245,8 +224,8 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("training needs a GPU: it takes minutes there and days on a CPU")
-    stages, seconds = (LONG_STAGES, LONG_SECONDS) if options.long else (STAGES, SECONDS)
-    model = train(torch.device("cuda"), stages, seconds, options.seed).to(torch.bfloat16)
+    stages = LONG_STAGES if options.long else STAGES
+    model = train(torch.device("cuda"), stages, options.seed).to(torch.bfloat16)
     model.save_pretrained(options.out)
     for tokens in (4096, 16384, 32768, *((65536, 131072) if options.long else ())):
         shares = [accuracy(model, tokens, round(density * tokens / 8)) for density in (0.1, 0.5)]
