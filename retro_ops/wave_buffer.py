@@ -222,15 +222,12 @@ def stage(store: Tensor, tokens: int) -> Tensor:
     there has arrived by then.
     """
     shape = (*store.shape[:3], tokens, store.shape[4])
-    key = _steps_of(store.device)
-    before = _writes.pop(key, None)
-    if before is not None and before.done is not None:
-        torch.cuda.current_stream(store.device).wait_event(before.done)
+    before = _arrived(store.device)
     if before is None or before.staged.shape != shape or before.staged.dtype != store.dtype:
         del before
         with torch.inference_mode(False):  # or only inference mode could write to it
             before = _Writes(torch.empty(shape, dtype=store.dtype, device=store.device))
-    _writes[key] = before
+    _writes[_steps_of(store.device)] = before
     return before.staged
 
 
@@ -251,9 +248,15 @@ def write(store: Tensor) -> None:
 
 def finish_writes(device: torch.device) -> None:
     """What comes on the current stream of `device` sees all that was written; nothing is staged."""
+    _arrived(device)
+
+
+def _arrived(device: torch.device) -> _Writes | None:
+    """What was on its way, no longer kept; what comes on the current stream waits for it."""
     writes = _writes.pop(_steps_of(device), None)
     if writes is not None and writes.done is not None:
         torch.cuda.current_stream(device).wait_event(writes.done)
+    return writes
 
 
 def copy_rows(target: Tensor, source: Tensor, axis: int, rows: list[int]) -> None:
