@@ -27,15 +27,16 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine, prefill
-from retro_ops.benchmarks.buffer import import_pyplot
+from retro_ops.benchmarks.buffer import QUERIES, import_pyplot
 from retro_ops.benchmarks.decode import check, dense_calls
 from retro_ops.benchmarks.timing import Timing, clean, memory_note, synchronize, time_in_turn
 from retro_ops.models import RetroCache
+from retro_ops.models.attention import retro_attention
 from retro_ops.models.memory import Memory, bytes_of, free_memory
 from retro_ops.models.plan import CONTEXT_BYTES, LIBRARY_BYTES, Planner, largest
 from retro_ops.models.shapes import SHAPES, first_layers
 from retro_ops.ops._contract import Counter, cluster_count, retrieved_count
-from retro_ops.testing import make_kv
+from retro_ops.testing import make_kv, make_query
 
 COLUMNS = (
     *("shape", "dtype", "context", "attention", "batch", "best", "ms", "tokens_per_s", "ratio"),
@@ -45,9 +46,11 @@ COLUMNS = (
 """What a table shows of a row; the machine is in its title."""
 ATTENTIONS = ("dense", "retro", "retro offloaded")
 DENSE = "throughput_dense"
+MADE = "throughput_made_queries"
 SPARE_TOKENS = 256
 """Of room behind the filled part of a cache: more than are decoded here."""
-WARM_UP = 5
+WARM_UP = 96
+"""Steps before those that are timed: page caches are full, and queries are known."""
 FILL = "synthetic KV"
 """Note of every row that was measured: keys and values were made, no prompt was read."""
 
@@ -71,7 +74,7 @@ def run(
     dtype: torch.dtype,
     kind: str,
     config: RetroConfig,
-    next_tokens: str,
+    overlap: float | None,
     steps: int,
     answer: int,
     layers: int | None = None,
@@ -90,8 +93,9 @@ def run(
         dtype: of weights and KV.
         kind: of keys, as in `make_kv`. Rows hold the same tokens in another order.
         config: budgets and sizes.
-        next_tokens: what a step reads: "greedy", the likeliest token of the step before, which
-            makes neighbouring steps alike, or "random", which does not.
+        overlap: how probably each KV head looks for the same as at the step before, as `_Queries`
+            has it; None: queries are those of the model, which with random weights find nothing in
+            made keys, and have little in common from step to step.
         steps: timed.
         answer: tokens of an answer, for throughput from the prompt to its end.
         layers: of the model, if not all.
@@ -107,7 +111,9 @@ def run(
     if plot is not None:
         import_pyplot()
     check(device, dtype)
-    AttentionMaskInterface.register(DENSE, lambda *args, **kwargs: None)
+    AttentionInterface.register(MADE, _made_queries)
+    for name in (DENSE, MADE):
+        AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     facts = machine.facts(device)
     bandwidth = machine.copy_gb_per_s(device)
     host_bandwidth = machine.host_gb_per_s(device)
@@ -118,7 +124,7 @@ def run(
             layer.self_attn.layer_idx = 0  # of its own cache
         for tokens in contexts:
             progress(f"{shape}, {tokens:,} tokens: made keys", 0, 1)
-            study = _Study(model, tokens, kind, config, next_tokens, steps)
+            study = _Study(model, tokens, kind, config, overlap, steps)
             rows: list[dict[str, Any]] = []
             for attention in attentions:
                 reading = study.reads(attention)
@@ -136,7 +142,7 @@ def run(
             for row in rows:
                 if dense and "ms" in row:
                     row["ratio"] = row["tokens_per_s"] / max(dense)
-            described = {"keys": kind, "next_tokens": next_tokens, "answer": answer}
+            described = {"keys": kind, "overlap": overlap, "answer": answer}
             rows = [{**case, **row, **described, **facts} for row in rows]
             everything += rows
             yield rows
@@ -164,6 +170,9 @@ def _best(
     for rows in candidates:
         progress(f"{study.tokens:,} tokens, {attention}, batch {rows}", len(figures), 3)
         figure: dict[str, Any] = {"batch": rows, **limits}
+        if rows > min(limits.values()):
+            yield {**figure, "note": f"does not fit in memory: at most {min(limits.values())} rows"}
+            continue
         try:
             figure |= study.measure(Case(attention, study.tokens, rows))
         except NotImplementedError as error:
@@ -189,6 +198,37 @@ def _candidates(most: int) -> list[int]:
     return [most, *reversed(powers)] if most else []
 
 
+class _Queries:
+    """What each layer looks for in place of what random weights would: at each step one of
+    `QUERIES` things for every KV head, some of them often, and with probability `overlap` the same
+    as at the step before. Rows look for the same; they hold the same, in another order.
+
+    Args:
+        keys: of a row, `[1, Hkv, T, D]`.
+        query_heads, layers: of the model.
+        overlap: a fraction.
+    """
+
+    def __init__(self, keys: Tensor, query_heads: int, layers: int, overlap: float) -> None:
+        heads = keys.shape[1]
+        made = [make_query(keys, query_heads, seed=seed) for seed in range(QUERIES)]
+        self.made = torch.cat(made).unflatten(1, (heads, -1))  # [Q, Hkv, G, 1, D]
+        self.asked = made[0].repeat(layers, 1, 1, 1)  # [L, Hq, 1, D]; a layer knows its own
+        generator = torch.Generator().manual_seed(0)
+        wanted = torch.zeros(SPARE_TOKENS, layers, heads, dtype=torch.int64)
+        for step in range(1, SPARE_TOKENS):
+            fresh = (QUERIES * torch.rand(layers, heads, generator=generator) ** 2).long()
+            stays = torch.rand(layers, heads, generator=generator) < overlap
+            wanted[step] = torch.where(stays, wanted[step - 1], fresh)
+        self.wanted = wanted.to(keys.device)
+        self.heads = torch.arange(heads, device=keys.device)
+
+    def choose(self, step: Tensor) -> None:
+        """Layers ask for what is wanted at a step `[1, 1]`."""
+        wanted = self.wanted.index_select(0, step.flatten())[0]
+        self.asked.copy_(self.made[wanted, self.heads].flatten(1, 2))
+
+
 class _Study:
     """One model and context: what fits, what is to be expected, and what is measured."""
 
@@ -198,12 +238,12 @@ class _Study:
         tokens: int,
         kind: str,
         config: RetroConfig,
-        next_tokens: str,
+        overlap: float | None,
         steps: int,
     ) -> None:
         self.model, self.tokens, self.config = model, tokens, config
         self.device, self.dtype = model.device, model.dtype
-        self.next_tokens, self.steps = next_tokens, steps
+        self.overlap, self.steps = overlap, steps
         self.layers = list(model.get_decoder().layers)
         attention = self.layers[0].self_attn
         self.head_dim = attention.head_dim
@@ -213,6 +253,10 @@ class _Study:
         self.row = make_kv(
             1, self.heads, tokens, self.head_dim, kind=kind, dtype=self.dtype, device=self.device
         )
+        if overlap is not None:
+            self.queries = _Queries(self.row[0], self.query_heads, len(self.layers), overlap)
+            for layer, own in zip(self.layers, self.queries.asked, strict=True):
+                layer.self_attn.asked = own
 
     def reads(self, attention: str) -> dict[str, float]:
         """Seconds that a prompt takes, from one layer; nothing where that cannot run."""
@@ -363,7 +407,7 @@ class _Study:
             AttentionInterface.register(DENSE, _dense_attention(kernel, self.device, self.dtype))
             self.model.set_attn_implementation(DENSE)
             return caches, kernel
-        self.model.set_attn_implementation("retro")
+        self.model.set_attn_implementation("retro" if self.overlap is None else MADE)
         keys, values = (
             torch.stack([self._rolled(made[0], row, case.rows) for row in range(case.rows)])
             for made in self.row
@@ -392,25 +436,20 @@ class _Study:
         decoder, device = self.model.get_decoder(), self.device
         ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         position = torch.full((1, 1), self.tokens, dtype=torch.int64, device=device)
-        generator = torch.Generator().manual_seed(0)
-        some = torch.randint(self.model.config.vocab_size, (rows, 64), generator=generator)
-        some = some.to(device)
-        ids.copy_(some[:, :1])
         block = torch.compile(_block, dynamic=False)
         ends = torch.compile(_likeliest, dynamic=False)
         head = self.model.get_output_embeddings()
 
         def step() -> None:
+            if self.overlap is not None:
+                self.queries.choose(position - self.tokens)
             hidden = decoder.embed_tokens(ids)
             places = decoder.rotary_emb(hidden, position_ids=position)
             for layer, cache in zip(self.layers, caches, strict=True):
                 hidden = block(layer, hidden, places, position, cache)
             likeliest = ends(decoder.norm, head, hidden)
             position.add_(1)
-            if self.next_tokens == "greedy":
-                ids.copy_(likeliest)
-            else:
-                ids.copy_(some.index_select(1, (position % 64).flatten()))
+            ids.copy_(likeliest)
 
         begin = time.perf_counter()
         step()
@@ -427,7 +466,19 @@ class _Study:
         # Threads that serve offloaded layers may call CUDA meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
-        return graph.replay, ids, seconds
+
+        return _Replayed(graph, step), ids, seconds
+
+
+@dataclass(frozen=True)
+class _Replayed:
+    """A step as a CUDA graph. It keeps what the graph reads and writes: `step` has its tensors."""
+
+    graph: torch.cuda.CUDAGraph
+    step: Callable[[], None]
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def _block(layer: nn.Module, hidden: Tensor, places: Any, position: Tensor, cache: Any) -> Tensor:
@@ -441,6 +492,13 @@ def _block(layer: nn.Module, hidden: Tensor, places: Any, position: Tensor, cach
         position_embeddings=places,
     )
     return out
+
+
+def _made_queries(
+    module: nn.Module, query: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Retro attention with the queries that `_Queries` chose; the model's own are computed too."""
+    return retro_attention(module, 0 * query + module.asked, *args, **kwargs)
 
 
 def _likeliest(norm: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:

@@ -267,7 +267,7 @@ def test_throughput_steps_are_those_of_the_model() -> None:
     reference = copy.deepcopy(model)
     for layer in model.get_decoder().layers:
         layer.self_attn.layer_idx = 0
-    study = throughput._Study(model, 2048, "clustered", everything, "greedy", 4)
+    study = throughput._Study(model, 2048, "clustered", everything, None, 4)
     caches, _ = study._fill(throughput.Case("retro", 2048, 2))
     for layer, cache in zip(whole.retro_layers, caches, strict=True):
         layer.lazy_initialization(*torch.zeros(2, 2, 2, 1, 16))

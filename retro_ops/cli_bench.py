@@ -28,6 +28,7 @@ from retro_ops.cli_parts import (
     device_of,
     dtype_names,
     dtype_of,
+    fraction,
     fractions,
     names,
     new_file,
@@ -245,10 +246,15 @@ def _add_bench_throughput(kinds: Any) -> None:
     kind.add_argument("--attention", type=names(ATTENTIONS), default="dense,retro")
     kind.add_argument("--keys", choices=KINDS, default=KINDS[0])
     kind.add_argument(
-        "--tokens",
-        choices=("greedy", "random"),
-        default="greedy",
-        help="what a step reads: greedy steps are alike, random ones are not",
+        "--overlap",
+        type=fraction,
+        default=0.6,
+        help="how probably a KV head looks for the same as at the step before",
+    )
+    kind.add_argument(
+        "--own-queries",
+        action="store_true",
+        help="those of the random weights, which find nothing in made keys",
     )
     kind.add_argument("--steps", type=number(1), default=48, help="timed")
     kind.add_argument("--answer", type=number(1), default=1024, help="tokens, for end to end")
@@ -271,7 +277,7 @@ def _bench_throughput(options: argparse.Namespace) -> None:
         dtype=DTYPES[options.dtype],
         kind=options.keys,
         config=budgets(options),
-        next_tokens=options.tokens,
+        overlap=None if options.own_queries else options.overlap,
         steps=options.steps,
         answer=options.answer,
         layers=options.layers,

@@ -69,6 +69,12 @@ def numbers(text: str) -> list[int]:
     return [number(1)(part) for part in text.split(",")]
 
 
+def fraction(text: str) -> float:
+    """A parser of a number in 0..1."""
+    (value,) = fractions(text.replace(",", " "))
+    return value
+
+
 def fractions(text: str) -> list[float]:
     """A parser of a list of numbers in 0..1, with commas."""
     parsed = []

@@ -4,7 +4,7 @@
     python -m retro_ops.models.recall.train OUT --long   # up to 128K
 
 Sequences grow from 256 tokens on. Three quarters of each are a body with records, of a density that
-differs from step to step; the rest are questions about it, and only their answers are learned. A
+differs from row to row; the rest are questions about it, and only their answers are learned. A
 model that falls apart, which one of this kind does now and then, goes on from before.
 """
 
@@ -44,7 +44,6 @@ FALLEN = 0.3
 SLOWEST = 0.25
 """Each time it does, the rate of the stage is halved, down to this factor."""
 LOWEST_DENSITY = 0.02
-GOLDEN = (5**0.5 - 1) / 2
 QUESTION_TOKENS = 5
 
 
@@ -84,38 +83,46 @@ def distinct_pairs(rows: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.stack((left, right), dim=2)
 
 
-def make_batch(tokens: int, generator: torch.Generator, sparseness: float) -> tuple[Tensor, Tensor]:
+def make_batch(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Sequences `[B, T]`, and the places `[B, Q, 2]` before the answers' tokens.
+
+    Rows differ in density, evenly on a logarithmic scale from `LOWEST_DENSITY` to 1, a record
+    wherever there is room for one: every batch has all of it, so that steps do not pull in
+    different directions, and their losses can be compared.
 
     Args:
         tokens: T.
         generator: of the device.
-        sparseness: from 0, a record wherever there is room for one, to 1, `LOWEST_DENSITY`.
     """
     device = generator.device
     rows = TOKENS_PER_STEP // tokens
     body_tokens = tokens // 4 * 3
     slots = body_tokens // TOKENS_PER_RECORD
-    records = max(round(slots * LOWEST_DENSITY**sparseness), 1)
+    within = torch.rand(1, generator=generator, device=device)
+    sparseness = (torch.arange(rows, device=device) + within) / rows
+    records = (slots * LOWEST_DENSITY**sparseness).round().clamp(min=1).long()  # of each row
 
     ids = torch.randint(
         FILLER.start, FILLER.stop, (rows, tokens), generator=generator, device=device
     )
-    keys = KEYS.start + distinct_pairs(rows, records, generator)
+    keys = KEYS.start + distinct_pairs(rows, slots, generator)
     values = torch.randint(
-        VALUES.start, VALUES.stop, (rows, records, 2), generator=generator, device=device
+        VALUES.start, VALUES.stop, (rows, slots, 2), generator=generator, device=device
     )
     order = torch.rand(rows, slots, generator=generator, device=device).argsort(dim=1)
     within = torch.randint(
-        TOKENS_PER_RECORD - RECORD_TOKENS + 1, (rows, records), generator=generator, device=device
+        TOKENS_PER_RECORD - RECORD_TOKENS + 1, (rows, slots), generator=generator, device=device
     )
-    place = TOKENS_PER_RECORD * order[:, :records] + within
-    place = place[..., None] + torch.arange(RECORD_TOKENS, device=device)
-    ids.scatter_(1, place.flatten(1), torch.cat((keys, values), dim=2).flatten(1))
+    place = TOKENS_PER_RECORD * order + within
+    place = (place[..., None] + torch.arange(RECORD_TOKENS, device=device)).flatten(1)
+    there = torch.arange(slots, device=device) < records[:, None]
+    text = torch.cat((keys, values), dim=2).flatten(1)
+    filler = ids.gather(1, place)
+    ids.scatter_(1, place, text.where(there.repeat_interleave(RECORD_TOKENS, dim=1), filler))
 
     questions = (tokens - body_tokens) // QUESTION_TOKENS
-    asked = torch.randint(records, (rows, questions), generator=generator, device=device)
-    asked = asked[..., None].expand(rows, questions, 2)
+    asked = torch.rand(rows, questions, generator=generator, device=device) * records[:, None]
+    asked = asked.long().minimum(records[:, None] - 1)[..., None].expand(rows, questions, 2)
     mark = torch.full((rows, questions, 1), QUESTION, device=device)
     text = torch.cat((mark, keys.gather(1, asked), values.gather(1, asked)), dim=2)
     ids[:, body_tokens : body_tokens + QUESTION_TOKENS * questions] = text.flatten(1)
@@ -129,7 +136,7 @@ class Progress:
     """Right answers at the length of a stage, and what to do about them."""
 
     right: float = 0.0
-    """Share of answers, averaged over about twenty steps, and so over all densities."""
+    """Share of answers, averaged over about twenty steps."""
     best: float = 0.0
     steps: int = 0
 
@@ -168,8 +175,7 @@ def train(
             rate = LAST_RATE + (FIRST_RATE - LAST_RATE) * (1 + math.cos(math.pi * now / total)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = slower * rate * min((step + 1) / WARM_UP_STEPS, 1)
-            # Any twenty steps in turn have all densities alike: their answers can be compared.
-            ids, answers = make_batch(tokens, generator, step * GOLDEN % 1.0)
+            ids, answers = make_batch(tokens, generator)
             with torch.autocast(device.type, torch.bfloat16):
                 hidden = model.model(ids, use_cache=False).last_hidden_state
                 flat = answers.flatten(1)
