@@ -111,9 +111,7 @@ def run(
     if plot is not None:
         import_pyplot()
     check(device, dtype)
-    AttentionInterface.register(MADE, _made_queries)
-    for name in (DENSE, MADE):
-        AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+    register()
     facts = machine.facts(device)
     bandwidth = machine.copy_gb_per_s(device)
     host_bandwidth = machine.host_gb_per_s(device)
@@ -152,6 +150,14 @@ def run(
         clean(device)
     if plot is not None:
         draw(everything, plot)
+
+
+def register() -> None:
+    """Makes the attentions of this module known to transformers; all without a mask. What `DENSE`
+    is depends on the case."""
+    AttentionInterface.register(MADE, _made_queries)
+    for name in (DENSE, MADE):
+        AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
 
 
 def _best(
@@ -329,6 +335,8 @@ class _Study:
         fill_seconds = time.perf_counter() - begin
         with torch.no_grad():
             step, _, compile_seconds = self._step(caches, case.rows)
+            for _ in range(WARM_UP):
+                step()
             before = _counters(caches)
             timing = _time(self.device, step, self.steps)
             counts = _counters(caches) - before
@@ -434,7 +442,9 @@ class _Study:
         those of the next one; and the seconds that compiling took, with the first step."""
         torch._dynamo.reset()
         decoder, device = self.model.get_decoder(), self.device
-        ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        generator = torch.Generator().manual_seed(0)
+        some = torch.randint(self.model.config.vocab_size, (rows, 64), generator=generator)
+        ids = some[:, :1].to(device)
         position = torch.full((1, 1), self.tokens, dtype=torch.int64, device=device)
         block = torch.compile(_block, dynamic=False)
         ends = torch.compile(_likeliest, dynamic=False)
@@ -510,14 +520,11 @@ def _time(device: torch.device, step: Callable[[], None], steps: int) -> Timing:
     """Of steps that follow one another; on a GPU by events, without waiting in between."""
     if device.type != "cuda":
         microseconds = []
-        for round_ in range(WARM_UP + steps):
+        for _ in range(steps):
             begin = time.perf_counter()
             step()
-            if round_ >= WARM_UP:
-                microseconds.append(1e6 * (time.perf_counter() - begin))
+            microseconds.append(1e6 * (time.perf_counter() - begin))
         return Timing.of(microseconds)
-    for _ in range(WARM_UP):
-        step()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     marks[0].record()
     for mark in marks[1:]:

@@ -32,8 +32,11 @@ def no_room(error: BaseException) -> str | None:
     asked = re.search(r"allocate memory: you tried to allocate (\d+) bytes", str(error))
     if asked:
         return f"does not fit in memory: {int(asked[1]) / 1e9:,.1f} GB at once"
-    # A size that no 64 bits can hold; pinned memory.
-    lacks = ("Storage size calculation overflowed", "cudaHostAlloc", "out of memory")
+    # A size that no 64 bits can hold; pinned memory, torch's and ours.
+    lacks = (
+        *("Storage size calculation overflowed", "cudaHostAlloc", "out of memory"),
+        "host_tensor: no room",
+    )
     return "does not fit in memory" if any(words in str(error) for words in lacks) else None
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
 from retro_ops import RetroConfig, RetroLayer, cli_bench
@@ -20,6 +22,7 @@ from retro_ops.benchmarks.timing import Timing, time_in_turn
 from retro_ops.cli import main
 from retro_ops.models import RetroCache
 from retro_ops.models.shapes import SHAPES
+from retro_ops.testing import make_kv, make_query
 
 SMALL = ["--device", "cpu", "--rounds", "2", "--dtype", "float32", "--keys", "clustered"]
 
@@ -339,6 +342,59 @@ def test_throughput_looks_for_the_best_batch(
         assert ("note" in row) != ("ms" in row)
 
 
+def test_throughput_tries_no_more_rows_than_fit() -> None:
+    study: Any = FakeStudy(2, {2: 5})
+    rows = list(throughput._best(study, "retro", [4, 2], lambda *args: None))
+    assert {row["batch"]: row.get("note") for row in rows} == {
+        4: "does not fit in memory: at most 2 rows",
+        2: None,
+    }
+    assert [row["batch"] for row in rows if row.get("best")] == [2]
+
+
+@given(overlap=st.sampled_from([0.0, 0.5, 1.0]), layers=st.integers(1, 3))
+def test_throughput_looks_for_the_same_as_often_as_asked(overlap: float, layers: int) -> None:
+    keys, _ = make_kv(1, 2, 64, 16)
+    queries = throughput._Queries(keys, 6, layers, overlap)
+    changes = (queries.wanted[1:] != queries.wanted[:-1]).double().mean()
+    # Some of those that look anew look for the same.
+    assert {0.0: 0.7 < changes < 1, 0.5: 0.3 < changes < 0.6, 1.0: changes == 0}[overlap]
+    made = [make_query(keys, 6, seed=seed)[0] for seed in range(throughput.QUERIES)]
+    for step in (0, 100):
+        queries.choose(torch.tensor([[step]]))
+        for layer in range(layers):
+            for head in range(6):
+                wanted = made[queries.wanted[step, layer, head // 3]]
+                assert torch.equal(queries.asked[layer, head], wanted[head])
+
+
+def test_throughput_attends_with_the_queries_that_were_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = make_model(SHAPES["tiny"](), torch.float32, torch.device("cpu"))
+    for layer in model.get_decoder().layers:
+        layer.self_attn.layer_idx = 0
+    throughput.register()
+    study = throughput._Study(model, 2048, "clustered", RetroConfig(), 0.5, 4)
+    caches, _ = study._fill(throughput.Case("retro", 2048, 2))
+    asked: list[torch.Tensor] = []
+    decode = RetroLayer.decode
+
+    def watched(self: RetroLayer, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append(query.clone())
+        return decode(self, query, *args, **kwargs)
+
+    monkeypatch.setattr(RetroLayer, "decode", watched)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        step, *_ = study._step(caches, 2)
+        for at in (0, 1, 2):
+            own = [study.queries.asked[layer].expand(2, -1, -1, -1) for layer in range(2)]
+            assert all(map(torch.equal, asked[-2:], own)), f"step {at}"
+            step()
+    assert len(asked) == 8
+
+
 def test_bench_prefill(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     asked = ["--context", "2048", "--offload", "--rounds", "1"]
@@ -388,6 +444,7 @@ def test_calls_take_turns() -> None:
         (["bench", "buffer", "--cache-ratio", "0.1,2"], "must be numbers in 0..1, got '2'"),
         (["bench", "buffer", "--overlap", "all"], "must be numbers in 0..1, got 'all'"),
         (["bench", "throughput", "--batch", "all"], "whole number from 1 on, got 'all'"),
+        (["bench", "throughput", "--overlap", "0.2,0.4"], "a number in 0..1, got '0.2,0.4'"),
         (["bench", "throughput", "--model", "gpt"], "must be names out of llama-3-8b"),
         (["bench", "buffer", "--plot", "/no/such/folder/f.png"], "cannot write"),
     ],

@@ -304,6 +304,8 @@ def test_notes_of_what_has_no_room() -> None:
     assert note.startswith("does not fit in memory: 144,115,188.1 GB")
     assert no_room(MemoryError("needs 9 GB")) == "does not fit in memory: needs 9 GB"
     assert memory_note(torch.OutOfMemoryError("CUDA out of memory")) == "does not fit in memory"
+    pinned = RuntimeError("host_tensor: no room for 9 bytes of pinned host memory, ...")
+    assert no_room(pinned) == "does not fit in memory"
     assert no_room(RuntimeError("a bug")) is None
     with pytest.raises(RuntimeError, match="a bug"):
         memory_note(RuntimeError("a bug"))

@@ -4,14 +4,18 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdio>
+#include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <vector>
 
 #include "worker_api.h"
 
@@ -73,7 +77,8 @@ void touch(char* memory, size_t bytes) {
   const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   cpu_set_t mask;
   CPU_ZERO(&mask);
-  const bool known = sched_getaffinity(0, sizeof mask, &mask) == 0;
+  // Of the process, whatever the thread that happens to call is bound to.
+  const bool known = sched_getaffinity(getpid(), sizeof mask, &mask) == 0;
   const size_t processors = known ? static_cast<size_t>(CPU_COUNT(&mask)) : 1;
   std::atomic<size_t> next{0};
   const auto work = [&] {
@@ -82,11 +87,15 @@ void touch(char* memory, size_t bytes) {
       for (size_t at = begin; at < end; at += page) static_cast<volatile char*>(memory)[at] = 0;
     }
   };
+  const auto help = [&] {
+    if (known) sched_setaffinity(0, sizeof mask, &mask);
+    work();
+  };
   std::vector<std::thread> others;
   const size_t threads = std::min({kMostThreads, processors, (bytes + kPiece - 1) / kPiece});
   try {
-    while (others.size() + 1 < threads) others.emplace_back(work);
-  } catch (const std::system_error&) {
+    while (others.size() + 1 < threads) others.emplace_back(help);
+  } catch (const std::exception&) {
     // Fewer threads than asked for do the same.
   }
   work();
@@ -147,9 +156,12 @@ class Pinned {
   void give_back() const {
     if (getpid() != process_) return;  // a fork has nothing there, or by now something else
     // Where the process ends, CUDA may have ended before.
-    cudaHostUnregister(memory_);
+    const cudaError_t error = cudaHostUnregister(memory_);
     cudaGetLastError();
-    munmap(base_, mapped_);
+    const bool ended = error == cudaErrorCudartUnloading || error == cudaErrorContextIsDestroyed ||
+        error == cudaErrorHostMemoryNotRegistered;
+    // What CUDA still has pinned must not become other memory.
+    if (error == cudaSuccess || ended) munmap(base_, mapped_);
   }
 
  private:

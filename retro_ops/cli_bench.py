@@ -245,16 +245,17 @@ def _add_bench_throughput(kinds: Any) -> None:
     )
     kind.add_argument("--attention", type=names(ATTENTIONS), default="dense,retro")
     kind.add_argument("--keys", choices=KINDS, default=KINDS[0])
-    kind.add_argument(
+    looked_for = kind.add_mutually_exclusive_group()
+    looked_for.add_argument(
         "--overlap",
         type=fraction,
         default=0.6,
         help="how probably a KV head looks for the same as at the step before",
     )
-    kind.add_argument(
+    looked_for.add_argument(
         "--own-queries",
         action="store_true",
-        help="those of the random weights, which find nothing in made keys",
+        help="take the queries of the random weights, which look for nothing in made keys",
     )
     kind.add_argument("--steps", type=number(1), default=48, help="timed")
     kind.add_argument("--answer", type=number(1), default=1024, help="tokens, for end to end")

@@ -71,7 +71,12 @@ def numbers(text: str) -> list[int]:
 
 def fraction(text: str) -> float:
     """A parser of a number in 0..1."""
-    (value,) = fractions(text.replace(",", " "))
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number in 0..1, got {text!r}")
     return value
 
 

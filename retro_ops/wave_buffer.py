@@ -93,7 +93,7 @@ def bytes_of(shapes: Shapes) -> int:
 def allocate(shapes: Shapes, device: torch.device, layers: int) -> dict[str, Tensor]:
     """The buffers of an offloaded layer on a GPU; those of `ON_HOST` in host memory.
 
-    Everything is zero but the store, which nothing reads before it is written.
+    Everything is zero.
 
     Args:
         shapes: of all buffers.
@@ -111,8 +111,6 @@ def allocate(shapes: Shapes, device: torch.device, layers: int) -> dict[str, Ten
                 buffers[name] = torch.zeros(shape, dtype=dtype, device=device)
                 continue
             buffers[name] = host_tensor(shape, dtype, device)
-            if name != "store":
-                buffers[name].zero_()
     except (RuntimeError, torch.OutOfMemoryError) as error:
         buffers.clear()
         raise MemoryError(
@@ -123,7 +121,7 @@ def allocate(shapes: Shapes, device: torch.device, layers: int) -> dict[str, Ten
 
 
 def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Pinned memory of the host as a tensor of a GPU; what it holds is not set."""
+    """Pinned memory of the host as a tensor of a GPU; zeros."""
     tensor: Tensor = torch.ops.retro.host_tensor(
         torch.empty(0, dtype=dtype, device=device), list(shape)
     )
