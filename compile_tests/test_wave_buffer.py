@@ -348,6 +348,23 @@ def test_a_staged_prompt_is_the_same(
             assert_same(layer.store[:, row, :, :used], expected["store"][:, row, :, :used])
 
 
+@pytest.mark.parametrize("count", [1, 30])
+def test_tokens_wait_for_a_staged_prompt(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the layer that waits for all never came: of a model cut shorter than its config."""
+    plain, layer = pair()
+    tokens = Tokens(plain, 400)
+    plain.prefill(*tokens.prompt(350))
+    monkeypatch.setattr(wave_buffer, "stages", lambda layer: layer.offload)
+    layer.joins = False
+    layer.prefill(*tokens.prompt(350))
+    assert wave_buffer._writes
+    new = [part[:, :, 350 : 350 + count] for part in (tokens.queries, tokens.keys, tokens.values)]
+    method = "decode" if count == 1 else "extend"
+    outs = [getattr(each, method)(*new) for each in (plain, layer)]
+    assert not wave_buffer._writes
+    assert_same(outs[1], outs[0], method)
+
+
 def test_layers_of_a_model_stage_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
     ids = make_prompt(2, 100)

@@ -292,6 +292,7 @@ class RetroLayer(nn.Module):
         self._check_tokens("decode", key, value)
         self._check_query("decode", query, 1)
         self._check_sinks("decode", sinks)
+        self.finish_prefill()  # of a cache whose last layer never came
         out = decode_step(
             self,
             query.squeeze(2),
@@ -340,6 +341,7 @@ class RetroLayer(nn.Module):
         self._check_tokens("extend", keys, values)
         self._check_query("extend", query, keys.shape[2])
         self._check_sinks("extend", sinks)
+        self.finish_prefill()
         mask = self._checked_mask(keys, mask)
         self._check_room("extend", mask.sum(dim=1))
         with torch.no_grad():
