@@ -348,7 +348,7 @@ class _Study:
             "compile_s": compile_seconds,
             "fill_s": fill_seconds,
             "kernel": kernel,
-            "note": FILL,
+            "note": FILL if self.overlap is not None else f"{FILL}, own queries",
         }
         if case.attention == "dense":
             return figures
