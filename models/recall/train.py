@@ -44,6 +44,8 @@ FALLEN = 0.3
 SLOWEST = 0.25
 """Each time it does, the rate of the stage is halved, down to this factor."""
 LOWEST_DENSITY = 0.02
+FEWEST_RECORDS = 12
+"""Of a row, however short: among few records a model guesses, and never learns to look for keys."""
 QUESTION_TOKENS = 5
 
 
@@ -86,9 +88,10 @@ def distinct_pairs(rows: int, count: int, generator: torch.Generator) -> Tensor:
 def make_batch(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Sequences `[B, T]`, and the places `[B, Q, 2]` before the answers' tokens.
 
-    Rows differ in density, evenly on a logarithmic scale from `LOWEST_DENSITY` to 1, a record
-    wherever there is room for one: every batch has all of it, so that steps do not pull in
-    different directions, and their losses can be compared.
+    Rows differ in density, evenly on a logarithmic scale from `LOWEST_DENSITY`, or more where that
+    would be less than `FEWEST_RECORDS`, to 1, a record wherever there is room for one: every batch
+    has all of it, so that steps do not pull in different directions, and their losses can be
+    compared.
 
     Args:
         tokens: T.
@@ -100,7 +103,8 @@ def make_batch(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]
     slots = body_tokens // TOKENS_PER_RECORD
     within = torch.rand(1, generator=generator, device=device)
     sparseness = (torch.arange(rows, device=device) + within) / rows
-    records = (slots * LOWEST_DENSITY**sparseness).round().clamp(min=1).long()  # of each row
+    lowest = min(max(LOWEST_DENSITY, FEWEST_RECORDS / slots), 1)
+    records = (slots * lowest**sparseness).round().long()  # of each row
 
     ids = torch.randint(
         FILLER.start, FILLER.stop, (rows, tokens), generator=generator, device=device
