@@ -222,6 +222,7 @@ def test_files_that_hold_no_cache_of_the_model(tmp_path: Path) -> None:
         ("demo --json none/x.json", "cannot write 'none/x.json': there is no folder 'none'"),
         ("demo --context 262144 --questions 9", "exceed the 262144 tokens that the model reads"),
         ("demo --context 99999999999", "exceed the 262144 tokens that the model reads; make"),
+        ("demo --batch-size 100000000", "of 100,000,000 prompts of 32,768 tokens need 12,500,000"),
         ("demo --model .", "no model '.': it is not built in"),
         ("demo --model half", "model 'half': transformers"),
         ("demo --data-path prompts.json", "recall models read token ids: take another model"),

@@ -16,12 +16,39 @@ from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, Stopp
 from retro_ops import RetroConfig
 from retro_ops.models.cache import RetroCache
 from retro_ops.models.generate import Decoder, finished_at, kv_bytes_per_token, make_cache
+from retro_ops.models.memory import free_memory, in_gib
 from retro_ops.models.prose import haystack, make_needle
 from retro_ops.models.recall import make_task
 from retro_ops.models.rope import longest_context
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done, and steps in all."""
+
+
+def check_batch(model: PreTrainedModel, rows: int, tokens: int) -> None:
+    """Refuses a batch before its prompts are made, which takes time and memory, too.
+
+    Args:
+        model: on its device.
+        rows, tokens: of the batch.
+
+    Raises:
+        MemoryError: keys and values alone are more than what all GPUs and the host have free.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    row = 2 * config.num_key_value_heads * head_dim * model.dtype.itemsize * tokens
+    row *= kinds.count("full_attention")
+    memory = free_memory()
+    free = memory.host + sum(memory.devices)
+    if rows * row > free:
+        raise MemoryError(
+            f"keys and values of {rows:,} prompts of {tokens:,} tokens need "
+            f"{in_gib(rows * row)}, {in_gib(free)} are free; make the batch size at most "
+            f"{max(free // row, 1):,}" + ("" if free >= row else ", and the context shorter")
+        )
 
 
 class Prompt(NamedTuple):
@@ -77,6 +104,7 @@ def recall_demo(
 
     Raises:
         ValueError: a number is out of range, or the model's vocabulary is not that of the task.
+        MemoryError: so many rows cannot be held.
     """
     if model.config.vocab_size != 1024:
         raise ValueError(
@@ -89,6 +117,7 @@ def recall_demo(
             f"a context of {context} tokens and {questions} questions of 5 exceed the {limit} "
             "tokens that the model reads; make the context smaller"
         )
+    check_batch(model, batch_size, context)
     task = make_task(context, records, questions, batch_size=batch_size, seed=seed)
     results = []
     for attention in attentions:

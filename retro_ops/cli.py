@@ -140,6 +140,7 @@ def _demo(options: argparse.Namespace) -> None:
             if prompts is None:
                 context = options.context or 16384
                 count = options.questions or options.batch_size
+                demo.check_batch(model, options.batch_size, context)
                 depths = [(i + 0.5) / count for i in range(count)]
                 prompts = demo.hidden_facts(tokenizer, context, depths, seed=options.seed)
                 title = f"facts hidden in {context:,} tokens of prose"
