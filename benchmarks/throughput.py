@@ -27,8 +27,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine, prefill
-from retro_ops.benchmarks.buffer import QUERIES, import_pyplot
-from retro_ops.benchmarks.decode import check, dense_calls
+from retro_ops.benchmarks.buffer import import_pyplot
+from retro_ops.benchmarks.decode import QUERIES, check, dense_calls
 from retro_ops.benchmarks.timing import Timing, clean, memory_note, synchronize, time_in_turn
 from retro_ops.models import RetroCache
 from retro_ops.models.attention import retro_attention
@@ -508,7 +508,9 @@ def _made_queries(
     module: nn.Module, query: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Retro attention with the queries that `_Queries` chose; the model's own are computed too."""
-    return retro_attention(module, 0 * query + module.asked, *args, **kwargs)
+    asked = module.asked
+    assert isinstance(asked, Tensor)
+    return retro_attention(module, 0 * query + asked, *args, **kwargs)
 
 
 def _likeliest(norm: nn.Module, head: nn.Module, hidden: Tensor) -> Tensor:
