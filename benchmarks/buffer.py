@@ -307,6 +307,13 @@ def decode_layer(
     }
 
 
+def looked_for_next(wanted: Tensor, stay: float, generator: torch.Generator) -> Tensor:
+    """Which of `QUERIES` things is looked for at the next step: the same as at this one, `wanted`,
+    with probability `stay`, else any, some of them often."""
+    fresh = (QUERIES * torch.rand(wanted.shape, generator=generator) ** 2).long()
+    return torch.where(torch.rand(wanted.shape, generator=generator) < stay, wanted, fresh)
+
+
 def decode_layers_on_gpu(
     device: torch.device,
     rows: int,
@@ -358,8 +365,7 @@ def decode_layers_on_gpu(
     times: dict[bool, list[float]] = {False: [], True: []}
     before, ids_before, shared, all_ids = torch.zeros(len(Counter)), None, 0, 0
     for step in range(WARM_STEPS + rounds):
-        fresh = (QUERIES * torch.rand(wanted.shape, generator=generator) ** 2).long()
-        wanted = torch.where(torch.rand(wanted.shape, generator=generator) < stay, wanted, fresh)
+        wanted = looked_for_next(wanted, stay, generator)
         query.copy_(asked[wanted.to(device), row.to(device), head.to(device)].flatten(1, 2))
         if step == WARM_STEPS:
             before = _counted(layers[True])

@@ -27,7 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from retro_ops import RetroConfig
 from retro_ops.benchmarks import machine, prefill
-from retro_ops.benchmarks.buffer import import_pyplot
+from retro_ops.benchmarks.buffer import import_pyplot, looked_for_next
 from retro_ops.benchmarks.decode import QUERIES, check, dense_calls
 from retro_ops.benchmarks.timing import Timing, clean, memory_note, synchronize, time_in_turn
 from retro_ops.models import RetroCache
@@ -168,7 +168,8 @@ def _best(
 ) -> Iterator[dict[str, Any]]:
     """Figures for one number of rows after another; the fastest has `best`."""
     limits = study.limits(attention)
-    candidates = batch_sizes or _candidates(min(limits.values()))
+    most = min(limits.values())
+    candidates = batch_sizes or _candidates(most)
     if not candidates:
         yield {**limits, "batch": 0, "note": "not even one row fits in memory"}
         return
@@ -176,8 +177,8 @@ def _best(
     for rows in candidates:
         progress(f"{study.tokens:,} tokens, {attention}, batch {rows}", len(figures), 3)
         figure: dict[str, Any] = {"batch": rows, **limits}
-        if rows > min(limits.values()):
-            yield {**figure, "note": f"does not fit in memory: at most {min(limits.values())} rows"}
+        if rows > most:
+            yield {**figure, "note": f"does not fit in memory: at most {most} rows"}
             continue
         try:
             figure |= study.measure(Case(attention, study.tokens, rows))
@@ -221,12 +222,10 @@ class _Queries:
         self.made = torch.cat(made).unflatten(1, (heads, -1))  # [Q, Hkv, G, 1, D]
         self.asked = made[0].repeat(layers, 1, 1, 1)  # [L, Hq, 1, D]; a layer knows its own
         generator = torch.Generator().manual_seed(0)
-        wanted = torch.zeros(SPARE_TOKENS, layers, heads, dtype=torch.int64)
-        for step in range(1, SPARE_TOKENS):
-            fresh = (QUERIES * torch.rand(layers, heads, generator=generator) ** 2).long()
-            stays = torch.rand(layers, heads, generator=generator) < overlap
-            wanted[step] = torch.where(stays, wanted[step - 1], fresh)
-        self.wanted = wanted.to(keys.device)
+        wanted = [torch.zeros(layers, heads, dtype=torch.int64)]
+        while len(wanted) < SPARE_TOKENS:
+            wanted.append(looked_for_next(wanted[-1], overlap, generator))
+        self.wanted = torch.stack(wanted).to(keys.device)  # [steps, L, Hkv]
         self.heads = torch.arange(heads, device=keys.device)
 
     def choose(self, step: Tensor) -> None:
@@ -249,7 +248,7 @@ class _Study:
     ) -> None:
         self.model, self.tokens, self.config = model, tokens, config
         self.device, self.dtype = model.device, model.dtype
-        self.overlap, self.steps = overlap, steps
+        self.steps = steps
         self.layers = list(model.get_decoder().layers)
         attention = self.layers[0].self_attn
         self.head_dim = attention.head_dim
@@ -259,6 +258,7 @@ class _Study:
         self.row = make_kv(
             1, self.heads, tokens, self.head_dim, kind=kind, dtype=self.dtype, device=self.device
         )
+        self.queries = None  # those of the model
         if overlap is not None:
             self.queries = _Queries(self.row[0], self.query_heads, len(self.layers), overlap)
             for layer, own in zip(self.layers, self.queries.asked, strict=True):
@@ -348,7 +348,7 @@ class _Study:
             "compile_s": compile_seconds,
             "fill_s": fill_seconds,
             "kernel": kernel,
-            "note": FILL if self.overlap is not None else f"{FILL}, own queries",
+            "note": FILL if self.queries else f"{FILL}, own queries",
         }
         if case.attention == "dense":
             return figures
@@ -415,7 +415,7 @@ class _Study:
             AttentionInterface.register(DENSE, _dense_attention(kernel, self.device, self.dtype))
             self.model.set_attn_implementation(DENSE)
             return caches, kernel
-        self.model.set_attn_implementation("retro" if self.overlap is None else MADE)
+        self.model.set_attn_implementation(MADE if self.queries else "retro")
         keys, values = (
             torch.stack([self._rolled(made[0], row, case.rows) for row in range(case.rows)])
             for made in self.row
@@ -451,7 +451,7 @@ class _Study:
         head = self.model.get_output_embeddings()
 
         def step() -> None:
-            if self.overlap is not None:
+            if self.queries:
                 self.queries.choose(position - self.tokens)
             hidden = decoder.embed_tokens(ids)
             places = decoder.rotary_emb(hidden, position_ids=position)

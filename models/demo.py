@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from retro_ops import RetroConfig
 from retro_ops.models.cache import RetroCache
@@ -36,7 +37,7 @@ def check_batch(model: PreTrainedModel, rows: int, tokens: int) -> None:
         MemoryError: keys and values alone are more than what all GPUs and the host have free.
     """
     config = model.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    kinds = list(get_layer_types_and_kwargs(config)[0])
     head_dim = getattr(config, "head_dim", None)
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
     row = 2 * config.num_key_value_heads * head_dim * model.dtype.itemsize * tokens

@@ -71,27 +71,22 @@ def numbers(text: str) -> list[int]:
 
 def fraction(text: str) -> float:
     """A parser of a number in 0..1."""
+    return _in_0_to_1(text, "a number")
+
+
+def fractions(text: str) -> list[float]:
+    """A parser of a list of numbers in 0..1, with commas."""
+    return [_in_0_to_1(part, "numbers") for part in text.split(",")]
+
+
+def _in_0_to_1(text: str, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number in 0..1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be {what} in 0..1, got {text!r}")
     return value
-
-
-def fractions(text: str) -> list[float]:
-    """A parser of a list of numbers in 0..1, with commas."""
-    parsed = []
-    for part in text.split(","):
-        try:
-            value = float(part)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value <= 1:
-            raise argparse.ArgumentTypeError(f"must be numbers in 0..1, got {part!r}")
-        parsed.append(value)
-    return parsed
 
 
 def dtype_name(text: str) -> str:

@@ -101,8 +101,8 @@ def make_batch(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]
     rows = TOKENS_PER_STEP // tokens
     body_tokens = tokens // 4 * 3
     slots = body_tokens // TOKENS_PER_RECORD
-    within = torch.rand(1, generator=generator, device=device)
-    sparseness = (torch.arange(rows, device=device) + within) / rows
+    offset = torch.rand(1, generator=generator, device=device)
+    sparseness = (torch.arange(rows, device=device) + offset) / rows
     lowest = min(max(LOWEST_DENSITY, FEWEST_RECORDS / slots), 1)
     records = (slots * lowest**sparseness).round().long()  # of each row
 
