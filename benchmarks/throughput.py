@@ -44,6 +44,8 @@ COLUMNS = (
     *("end_to_end_tokens_per_s", "compile_s", "kernel", "note"),
 )
 """What a table shows of a row; the machine is in its title."""
+CONFIGURED = ("retrieval_budget", "min_retrieved_clusters", "cache_ratio")
+"""Fields of the config that stand in every row: they decide how much is moved."""
 ATTENTIONS = ("dense", "retro", "retro offloaded")
 DENSE = "throughput_dense"
 MADE = "throughput_made_queries"
@@ -140,7 +142,10 @@ def run(
             for row in rows:
                 if dense and "ms" in row:
                     row["ratio"] = row["tokens_per_s"] / max(dense)
-            described = {"keys": kind, "overlap": overlap, "answer": answer}
+            described = {
+                **{"keys": kind, "overlap": overlap, "answer": answer},
+                **{name: getattr(config, name) for name in CONFIGURED},
+            }
             rows = [{**case, **row, **described, **facts} for row in rows]
             everything += rows
             yield rows

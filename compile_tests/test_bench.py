@@ -126,7 +126,7 @@ def test_bench_spread(tmp_path: Path) -> None:
         assert ("handover_percent" in row) == (row["devices"] == 2)
 
 
-BUFFER = ["bench", "buffer", "--policy", "lru,lfu", "--cache-ratio", "0.1", "--steps", "40"]
+BUFFER = ["bench", "buffer", "--policy", "lru,lfu", "--cache-ratios", "0.1", "--steps", "40"]
 BUFFER += ["--device", "cpu"]
 
 
@@ -441,7 +441,7 @@ def test_calls_take_turns() -> None:
         ),
         (["bench", "buffer", "--trace", "llama"], "names out of synthetic,layer,recall"),
         (["bench", "buffer", "--policy", "mru"], "names out of lru,lru2,lfu, got 'mru'"),
-        (["bench", "buffer", "--cache-ratio", "0.1,2"], "must be numbers in 0..1, got '2'"),
+        (["bench", "buffer", "--cache-ratios", "0.1,2"], "must be numbers in 0..1, got '2'"),
         (["bench", "buffer", "--overlap", "all"], "must be numbers in 0..1, got 'all'"),
         (["bench", "throughput", "--batch", "all"], "whole number from 1 on, got 'all'"),
         (["bench", "throughput", "--overlap", "0.2,0.4"], "a number in 0..1, got '0.2,0.4'"),

@@ -23,6 +23,7 @@ from retro_ops.cli_parts import (
     add_device,
     add_dtype,
     add_json,
+    add_offload,
     add_seed,
     budgets,
     device_of,
@@ -468,7 +469,7 @@ def _add_info(commands: Any) -> None:
         "--context", type=number(2), default=131072, help="tokens of a row, prompt and answer"
     )
     group.add_argument("--batch-size", type=number(1), default=1, help="rows at once")
-    group.add_argument("--offload", action="store_true", help="KV stores in the host's memory")
+    add_offload(group)
     group.add_argument(
         "--dtype", type=dtype_name, choices=DTYPES, help="of the model (as its config says)"
     )

@@ -22,6 +22,7 @@ from retro_ops.cli_parts import (
     add_device,
     add_dtype,
     add_json,
+    add_offload,
     add_seed,
     budgets,
     device,
@@ -115,7 +116,7 @@ def _add_bench_buffer(kinds: Any) -> None:
         help="synthetic: clusters that a step shares with the one before; layer on a GPU: how "
         "probably a head asks for the same again",
     )
-    kind.add_argument("--cache-ratio", type=fractions, default="0.05,0.025,0.1")
+    kind.add_argument("--cache-ratios", type=fractions, default="0.05,0.025,0.1")
     kind.add_argument("--policy", type=names(POLICIES), default=",".join(POLICIES))
     kind.add_argument("--page-size", type=number(1), default=RetroConfig().page_size)
     kind.add_argument("--steps", type=number(2), default=320, help="of a trace")
@@ -141,7 +142,7 @@ def _bench_buffer(options: argparse.Namespace) -> None:
         contexts=options.context,
         batch_sizes=options.batch,
         overlaps=options.overlap,
-        cache_ratios=options.cache_ratio,
+        cache_ratios=options.cache_ratios,
         policies=options.policy,
         steps=options.steps,
         config=config,
@@ -226,7 +227,7 @@ def _add_model_bench(kinds: Any, name: str, run: Any, help_: str, context: str) 
     add_device(kind)
     kind.add_argument("--context", type=numbers, default=context, help="tokens")
     add_dtype(kind, "of the model", default="bfloat16")
-    kind.add_argument("--offload", action="store_true", help="KV stores in the host's memory")
+    add_offload(kind)
     _add_files(kind)
     add_budgets(kind)
     return kind

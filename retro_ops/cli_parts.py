@@ -171,8 +171,25 @@ def add_budgets(parser: Parser) -> None:
     group.add_argument("--estimator", default=default.estimator, help="variance or mean")
 
 
+def add_offload(parser: Any) -> None:
+    """`--offload`, and how large a page cache that takes.
+
+    Args:
+        parser: or a group of one.
+    """
+    parser.add_argument("--offload", action="store_true", help="KV stores in the host's memory")
+    parser.add_argument(
+        "--cache-ratio",
+        type=fraction,
+        default=RetroConfig().cache_ratio,
+        help="offloaded: of the KV, what the page cache in fast memory holds",
+    )
+
+
 def budgets(options: argparse.Namespace) -> RetroConfig:
+    """What `add_budgets` and, where a command has it, `add_offload` asked for."""
     return RetroConfig(
+        cache_ratio=getattr(options, "cache_ratio", RetroConfig().cache_ratio),
         retrieval_budget=options.retrieval_budget,
         estimation_budget=options.estimation_budget,
         min_retrieved_clusters=options.min_retrieved_clusters,
