@@ -143,7 +143,9 @@ def run(
                 if dense and "ms" in row:
                     row["ratio"] = row["tokens_per_s"] / max(dense)
             described = {
-                **{"keys": kind, "overlap": overlap, "answer": answer},
+                "keys": kind,
+                "overlap": overlap,
+                "answer": answer,
                 **{name: getattr(config, name) for name in CONFIGURED},
             }
             rows = [{**case, **row, **described, **facts} for row in rows]
