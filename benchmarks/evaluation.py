@@ -18,7 +18,7 @@ from transformers import CompileConfig, PreTrainedModel
 
 import retro_ops
 from retro_ops import RetroConfig
-from retro_ops.models.generate import make_cache
+from retro_ops.models.generate import PageUse, make_cache
 
 PREFILL_CHUNK = 1024
 """Tokens of a prompt that dense attention takes at once. A padded batch has a mask of all of its
@@ -99,8 +99,14 @@ class PromptForm:
         return list(self.tokenizer([text], **arguments)["input_ids"][0])
 
 
-def run_settings(model: str, dtype: str, attention: str, config: RetroConfig) -> dict[str, Any]:
-    """What answers depend on besides the question."""
+def run_settings(
+    model: str, dtype: str, attention: str, config: RetroConfig, offload: bool = False
+) -> dict[str, Any]:
+    """What answers depend on besides the question.
+
+    And whether retro was offloaded: answers should not depend on it, which only those that an
+    offloaded run gave itself can show.
+    """
     from retro_ops.benchmarks import machine
 
     settings: dict[str, Any] = {
@@ -115,6 +121,8 @@ def run_settings(model: str, dtype: str, attention: str, config: RetroConfig) ->
             "commit": machine.commit(),
             "config": asdict(config),
         }
+        if offload:  # or left out: files from before there was a choice stay valid
+            settings["offload"] = True
     return settings
 
 
@@ -189,7 +197,7 @@ class Answerer:
     all batches, so that a compiled step serves them all.
 
     Args:
-        model, attention, config: as in `make_cache`.
+        model, attention, config, offload: as in `make_cache`.
         tokenizer: the model's, padding on the left.
         batch_size: questions at once.
         max_length: tokens of the longest prompt with its answer.
@@ -205,6 +213,7 @@ class Answerer:
         batch_size: int,
         max_length: int,
         config: RetroConfig | None = None,
+        offload: bool = False,
         compile_step: bool = False,
     ) -> None:
         self.model = model
@@ -212,10 +221,17 @@ class Answerer:
         self.attention = attention
         self.batch_size = batch_size
         self._new_cache = lambda rows: make_cache(
-            model, attention, batch_size=rows, max_length=max_length, config=config
+            model,
+            attention,
+            batch_size=rows,
+            max_length=max_length,
+            config=config,
+            offload=offload,
         )
         self._cache: Any = None if attention == "dense" else self._new_cache(batch_size)
         self._compile = compile_step and attention == "retro"
+        self.page_use = PageUse() if offload and attention == "retro" else None
+        """Of all batches so far."""
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question]) -> list[str]:
@@ -226,6 +242,7 @@ class Answerer:
 
         Raises:
             ValueError: the batch does not fit in the memory of the device.
+            MemoryError: retro's cache has no room, there or in the host's memory.
         """
         (new_tokens,) = {question.new_tokens for question in questions}
         (stop_ids,) = {question.stop_ids for question in questions}
@@ -241,6 +258,8 @@ class Answerer:
                 f"{len(rows)} rows of {ids.shape[1]:,} tokens do not fit in the memory of the "
                 "device; give a smaller --batch-size"
             ) from error
+        if self.page_use is not None:
+            self.page_use.add(self._cache)
         written = out[: len(questions), ids.shape[1] :]
         return self.tokenizer.batch_decode(written, skip_special_tokens=True)
 
@@ -295,6 +314,8 @@ class Outcome:
     """Of them, those of an earlier run."""
     seconds: float = 0.0
     """That the others took, compilation included."""
+    page_use: PageUse | None = None
+    """Of the others, if they were given offloaded."""
 
 
 def mean_score(scores: Sequence[float]) -> dict[str, float | int | None]:
@@ -317,6 +338,7 @@ def ask(
     attentions: Sequence[str],
     batch_size: int,
     config: RetroConfig,
+    offload: bool = False,
     compile_step: bool,
     records: Records,
     progress: Progress = lambda what, done, total: None,
@@ -331,17 +353,19 @@ def ask(
         attentions: "dense", "retro" or both.
         batch_size: questions at once.
         config: budgets and sizes of retro.
+        offload: keep retro's KV stores in slow memory behind page caches, see `RetroCache`.
         compile_step: compile retro's decode step.
         records: answers of earlier runs; gets those of this one.
         progress: told about every batch.
 
     Raises:
         ValueError: a question is longer than the model reads, or a batch than memory.
+        MemoryError: as `Answerer.answer`.
     """
     model: PreTrainedModel | None = None
     outcomes = []
     for attention in attentions:
-        settings = run_settings(name, dtype, attention, config)
+        settings = run_settings(name, dtype, attention, config, offload)
         outcome = Outcome(attention, records.predictions(settings, questions))
         outcome.reused = len(outcome.predictions)
         outcomes.append(outcome)
@@ -363,8 +387,10 @@ def ask(
             batch_size=rows,
             max_length=max(len(question.ids) + question.new_tokens for question in left),
             config=config,
+            offload=offload,
             compile_step=compile_step,
         )
+        outcome.page_use = answerer.page_use
         for batch in _batches(left, rows):
             done = len(outcome.predictions)
             what = f"{attention}: {batch[0].task}, {batch[0].length:,} tokens"

@@ -16,8 +16,14 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from retro_ops import RetroConfig
 from retro_ops.models.cache import RetroCache
-from retro_ops.models.generate import Decoder, finished_at, kv_bytes_per_token, make_cache
-from retro_ops.models.memory import free_memory, in_gib
+from retro_ops.models.generate import (
+    Decoder,
+    PageUse,
+    finished_at,
+    kv_bytes_per_token,
+    make_cache,
+)
+from retro_ops.models.memory import check_cache, free_memory, in_gib
 from retro_ops.models.prose import haystack, make_needle
 from retro_ops.models.recall import make_task
 from retro_ops.models.rope import longest_context
@@ -26,21 +32,32 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done, and steps in all."""
 
 
-def check_batch(model: PreTrainedModel, rows: int, tokens: int) -> None:
+def check_batch(
+    model: PreTrainedModel,
+    rows: int,
+    tokens: int,
+    *,
+    config: RetroConfig | None = None,
+    offload: bool = False,
+) -> None:
     """Refuses a batch before its prompts are made, which takes time and memory, too.
 
     Args:
         model: on its device.
         rows, tokens: of the batch.
+        config: budgets and sizes of retro; None: the defaults.
+        offload: the KV stores of retro are to be in the host's memory.
 
     Raises:
-        MemoryError: keys and values alone are more than what all GPUs and the host have free.
+        MemoryError: keys and values alone are more than what all GPUs and the host have free, or
+            host or GPU have no room for what an offloaded cache has there.
     """
-    config = model.config.get_text_config(decoder=True)
-    kinds = list(get_layer_types_and_kwargs(config)[0])
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    row = 2 * config.num_key_value_heads * head_dim * model.dtype.itemsize * tokens
+    text_config = model.config.get_text_config(decoder=True)
+    kinds = list(get_layer_types_and_kwargs(text_config)[0])
+    head_dim = getattr(text_config, "head_dim", None)
+    head_dim = head_dim or text_config.hidden_size // text_config.num_attention_heads
+    heads = text_config.num_key_value_heads
+    row = 2 * heads * head_dim * model.dtype.itemsize * tokens
     row *= kinds.count("full_attention")
     memory = free_memory()
     free = memory.host + sum(memory.devices)
@@ -50,6 +67,14 @@ def check_batch(model: PreTrainedModel, rows: int, tokens: int) -> None:
             f"{in_gib(rows * row)}, {in_gib(free)} are free; make the batch size at most "
             f"{max(free // row, 1):,}" + ("" if free >= row else ", and the context shorter")
         )
+    if offload:
+        cache = RetroCache(
+            model.config, config, max_cache_len=tokens, batch_size=rows, offload=True
+        )
+        # What has the shape of a batch's keys, and the memory of a number.
+        like = torch.empty((), dtype=model.dtype, device=model.device)
+        like = like.expand(rows, heads, 1, head_dim)
+        check_cache(cache.layers, like, like, rows, tokens)
 
 
 class Prompt(NamedTuple):
@@ -76,8 +101,21 @@ class Result:
     """Median over the other decode steps, one token of each row of the batch."""
     kv_bytes_per_token: int = 0
     """Keys, values and index that a step of one row reads, over all layers."""
+    offloaded: bool = False
+    """Whether KV stores were in slow memory, behind page caches."""
+    slow_bytes_per_token: float | None = None
+    """Offloaded: of `kv_bytes_per_token`, what came from slow memory, on average."""
+    hit_ratio: float | None = None
+    """Offloaded: of the pages of retrieved clusters, the fraction that was in a page cache; None
+    also where no page was asked for: the context was too short to index."""
     answers: list[str] = field(default_factory=list)
     """Of text prompts: the continuations."""
+
+    def note_pages(self, use: PageUse) -> None:
+        """What the page caches did in all steps."""
+        self.offloaded = True
+        self.slow_bytes_per_token = use.slow_bytes_per_token
+        self.hit_ratio = use.hit_ratio
 
 
 def recall_demo(
@@ -89,6 +127,7 @@ def recall_demo(
     batch_size: int,
     attentions: Sequence[str],
     config: RetroConfig | None = None,
+    offload: bool = False,
     compile_step: bool = False,
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
@@ -100,6 +139,7 @@ def recall_demo(
         context, records, questions, batch_size, seed: see `make_task`.
         attentions: "dense", "retro" or both.
         config: budgets and sizes of retro; None: the defaults.
+        offload: keep retro's KV stores in slow memory behind page caches, see `RetroCache`.
         compile_step: compile retro's decode step.
         progress: told about every question.
 
@@ -118,7 +158,7 @@ def recall_demo(
             f"a context of {context} tokens and {questions} questions of 5 exceed the {limit} "
             "tokens that the model reads; make the context smaller"
         )
-    check_batch(model, batch_size, context)
+    check_batch(model, batch_size, context, config=config, offload=offload)
     task = make_task(context, records, questions, batch_size=batch_size, seed=seed)
     results = []
     for attention in attentions:
@@ -128,6 +168,7 @@ def recall_demo(
             batch_size=batch_size,
             max_length=context + 5 * questions,
             config=config,
+            offload=offload,
             compile_step=compile_step,
         )
         progress(f"{attention}: reading {context:,} tokens", 0, questions)
@@ -143,18 +184,21 @@ def recall_demo(
             decoder.step(second)
             right += int((torch.cat((first, second), dim=1) == truth[:, q]).all(dim=1).sum())
         progress(f"{attention}: asking", questions, questions)
-        results.append(
-            Result(
-                attention=attention,
-                right=right,
-                questions=batch_size * questions,
-                prefill_seconds=decoder.prefill_seconds,
-                build_seconds=_build_seconds(decoder.cache),
-                first_step_seconds=decoder.step_seconds[0],
-                step_milliseconds=1e3 * statistics.median(decoder.step_seconds[1:]),
-                kv_bytes_per_token=kv_bytes_per_token(decoder.cache, batch_size),
-            )
+        result = Result(
+            attention=attention,
+            right=right,
+            questions=batch_size * questions,
+            prefill_seconds=decoder.prefill_seconds,
+            build_seconds=_build_seconds(decoder.cache),
+            first_step_seconds=decoder.step_seconds[0],
+            step_milliseconds=1e3 * statistics.median(decoder.step_seconds[1:]),
+            kv_bytes_per_token=kv_bytes_per_token(decoder.cache, batch_size),
         )
+        if offload and isinstance(decoder.cache, RetroCache):
+            use = PageUse()
+            use.add(decoder.cache)
+            result.note_pages(use)
+        results.append(result)
     return results
 
 
@@ -225,6 +269,7 @@ def text_demo(
     max_new_tokens: int,
     attentions: Sequence[str],
     config: RetroConfig | None = None,
+    offload: bool = False,
     compile_step: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> list[Result]:
@@ -238,6 +283,7 @@ def text_demo(
         max_new_tokens: tokens to write, at least 2.
         attentions: "dense", "retro" or both.
         config: budgets and sizes of retro; None: the defaults.
+        offload: keep retro's KV stores in slow memory behind page caches, see `RetroCache`.
         compile_step: compile retro's decode step.
         progress: told about every batch.
 
@@ -267,6 +313,7 @@ def text_demo(
     for attention in attentions:
         result = Result(attention, questions=sum(bool(p.outputs) for p in prompts))
         steps: list[float] = []
+        use = PageUse()
         for number, (batch, inputs) in enumerate(zip(batches, encoded, strict=True)):
             rows, tokens = inputs.input_ids.shape
             progress(f"{attention}: reading {tokens:,} tokens", number, len(batches))
@@ -276,6 +323,7 @@ def text_demo(
                 batch_size=rows,
                 max_length=tokens + max_new_tokens,
                 config=config,
+                offload=offload,
             )
             times = _StepTimes(model.device)
             with torch.inference_mode():
@@ -293,11 +341,15 @@ def text_demo(
             result.build_seconds += _build_seconds(cache)
             steps += seconds[1:]
             result.kv_bytes_per_token = kv_bytes_per_token(cache, rows)
+            if offload and isinstance(cache, RetroCache):
+                use.add(cache)
             answers = tokenizer.batch_decode(ids[:, tokens:], skip_special_tokens=True)
             for prompt, answer in zip(batch, answers, strict=True):
                 result.right += bool(prompt.outputs) and prompt.outputs.strip() in answer
                 result.answers.append(answer)
         progress(f"{attention}: done", len(batches), len(batches))
+        if offload and attention == "retro":
+            result.note_pages(use)
         result.first_step_seconds = steps[0] if steps else 0.0
         result.step_milliseconds = 1e3 * statistics.median(steps[1:] or steps or [0.0])
         results.append(result)

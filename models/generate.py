@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def make_cache(
     batch_size: int,
     max_length: int,
     config: RetroConfig | None = None,
+    offload: bool = False,
 ) -> Cache:
     """Sets the model to one kind of attention and makes the cache that belongs to it.
 
@@ -37,6 +39,8 @@ def make_cache(
         batch_size: rows.
         max_length: tokens that a row can come to hold.
         config: budgets and sizes of retro; None: the defaults.
+        offload: keep the KV stores of retro in slow memory behind page caches, see `RetroCache`;
+            dense has none.
 
     Raises:
         ValueError: an unknown kind, or retro attention cannot serve the model.
@@ -46,7 +50,9 @@ def make_cache(
     if attention == "dense":
         cache: Cache = DynamicCache(config=model.config)
     else:
-        cache = RetroCache(model.config, config, max_cache_len=max_length, batch_size=batch_size)
+        cache = RetroCache(
+            model.config, config, max_cache_len=max_length, batch_size=batch_size, offload=offload
+        )
     own = ATTENTIONS[attention]
     model.set_attn_implementation(own if model._supports_sdpa else NAME)
     return cache
@@ -67,6 +73,40 @@ def kv_bytes_per_token(cache: Cache, batch_size: int) -> int:
     return total
 
 
+@dataclass
+class PageUse:
+    """What the page caches of offloaded layers did in decode steps, of one prompt or of several."""
+
+    hits: int = 0
+    """Pages that were in a page cache, over layers, rows and KV heads."""
+    misses: int = 0
+    """Those that were not."""
+    tokens: int = 0
+    """Decode steps, each row's counted."""
+    slow_bytes: int = 0
+    """Of KV, that the steps read from slow memory."""
+
+    def add(self, cache: RetroCache) -> None:
+        """Counts the steps of an offloaded cache since its last prompt; waits for the device."""
+        stats = cache.stats()
+        tokens = int(stats.get("steps", 0)) * cache.batch_size
+        self.hits += int(stats.get("page_hits", 0))
+        self.misses += int(stats.get("page_misses", 0))
+        self.tokens += tokens
+        self.slow_bytes += int(stats.get("slow_bytes_per_token", 0)) * tokens
+
+    @property
+    def hit_ratio(self) -> float | None:
+        """In 0..1; None: no page was asked for, as in contexts that are too short to index."""
+        pages = self.hits + self.misses
+        return self.hits / pages if pages else None
+
+    @property
+    def slow_bytes_per_token(self) -> float:
+        """Of one row's step, over all layers."""
+        return self.slow_bytes / max(self.tokens, 1)
+
+
 def finished_at(device: torch.device) -> float:
     """Seconds on a clock, when the device has done all that it was given."""
     if device.type == "cuda":
@@ -82,7 +122,7 @@ class Decoder:
     lies on several devices: `spread` says whether its shares are.
 
     Args:
-        model, attention, batch_size, max_length, config: as in `make_cache`.
+        model, attention, batch_size, max_length, config, offload: as in `make_cache`.
         compile_step: compile the step of retro attention.
     """
 
@@ -94,12 +134,18 @@ class Decoder:
         batch_size: int,
         max_length: int,
         config: RetroConfig | None = None,
+        offload: bool = False,
         compile_step: bool = False,
     ) -> None:
         self.model = model
         self.batch_size = batch_size
         self.cache = make_cache(
-            model, attention, batch_size=batch_size, max_length=max_length, config=config
+            model,
+            attention,
+            batch_size=batch_size,
+            max_length=max_length,
+            config=config,
+            offload=offload,
         )
         self.prefill_seconds = 0.0
         self.step_seconds: list[float] = []

@@ -103,6 +103,7 @@ def _add_demo(commands: Any) -> None:
     )
     add_seed(parser, 0)
     add_json(parser)
+    add_offload(parser)
     add_budgets(parser)
 
 
@@ -111,6 +112,7 @@ def _demo(options: argparse.Namespace) -> None:
     from retro_ops.models.load import RECALL
 
     config = budgets(options)
+    _check_offload(options)
     prompts = demo.read_prompts(options.data_path) if options.data_path else None
     place, name = device_of(options), dtype_of(options)
     with progress_bar() as progress:
@@ -120,6 +122,7 @@ def _demo(options: argparse.Namespace) -> None:
             "batch_size": options.batch_size,
             "attentions": options.attention,
             "config": config,
+            "offload": options.offload,
             "compile_step": options.compile,
             "progress": progress,
         }
@@ -141,7 +144,9 @@ def _demo(options: argparse.Namespace) -> None:
             if prompts is None:
                 context = options.context or 16384
                 count = options.questions or options.batch_size
-                demo.check_batch(model, options.batch_size, context)
+                demo.check_batch(
+                    model, options.batch_size, context, config=config, offload=options.offload
+                )
                 depths = [(i + 0.5) / count for i in range(count)]
                 prompts = demo.hidden_facts(tokenizer, context, depths, seed=options.seed)
                 title = f"facts hidden in {context:,} tokens of prose"
@@ -151,24 +156,36 @@ def _demo(options: argparse.Namespace) -> None:
                 model, tokenizer, prompts, max_new_tokens=options.max_new_tokens, **shared
             )
     title = f"{options.model}, {title}, batch {options.batch_size}, {name} on {place}"
-    print_table(
-        title,
-        {
-            "attention": [result.attention for result in results],
-            "right answers": [f"{result.right} of {result.questions}" for result in results],
-            "prefill s": [f"{result.prefill_seconds:.2f}" for result in results],
-            "of it index build s": [f"{result.build_seconds:.2f}" for result in results],
-            "first step s": [f"{result.first_step_seconds:.2f}" for result in results],
-            "ms per token": [f"{result.step_milliseconds:.2f}" for result in results],
-            "KV MB read per token": [
-                f"{result.kv_bytes_per_token / 1e6:.2f}" for result in results
-            ],
-        },
-    )
+    columns = {
+        "attention": [result.attention for result in results],
+        "right answers": [f"{result.right} of {result.questions}" for result in results],
+        "prefill s": [f"{result.prefill_seconds:.2f}" for result in results],
+        "of it index build s": [f"{result.build_seconds:.2f}" for result in results],
+        "first step s": [f"{result.first_step_seconds:.2f}" for result in results],
+        "ms per token": [f"{result.step_milliseconds:.2f}" for result in results],
+        "KV MB read per token": [f"{result.kv_bytes_per_token / 1e6:.2f}" for result in results],
+    }
+    if options.offload:
+        columns["of it from slow memory"] = [
+            "" if (slow := result.slow_bytes_per_token) is None else f"{slow / 1e6:.2f}"
+            for result in results
+        ]
+        columns["page hit ratio"] = [
+            "" if result.hit_ratio is None else f"{result.hit_ratio:.2f}" for result in results
+        ]
+    print_table(title, columns)
     for result in results:
         for answer in result.answers[:4]:
             print(f"{result.attention} wrote: {' '.join(answer.split())}")
     write_json(options.json, [dataclasses.asdict(result) for result in results])
+
+
+def _check_offload(options: argparse.Namespace) -> None:
+    if options.offload and "retro" not in options.attention:
+        raise ValueError(
+            f"--offload is for retro attention, got --attention {','.join(options.attention)}; "
+            "add retro, or leave --offload out"
+        )
 
 
 def package_file(text: str) -> Path:
@@ -268,6 +285,7 @@ def _add_evaluation(parser: Parser, out: str) -> None:
         help="every answer as soon as it is there; a run that was cut off goes on from it",
     )
     add_json(parser)
+    add_offload(parser)
     add_budgets(parser)
 
 
@@ -285,6 +303,7 @@ def _ask(
     from retro_ops.models import load_model, load_tokenizer
 
     config = budgets(options)
+    _check_offload(options)
     place, name = device_of(options), dtype_of(options)
     records = evaluation.Records(options.out)
     if records.dropped:
@@ -301,6 +320,7 @@ def _ask(
         attentions=options.attention,
         batch_size=options.batch_size,
         config=config,
+        offload=options.offload,
         compile_step=place.type == "cuda" if options.compile is None else options.compile,
         records=records,
         progress=progress,
@@ -310,11 +330,13 @@ def _ask(
         "chat": form.chat,
         "dtype": name,
         "config": dataclasses.asdict(config),
+        "offload": options.offload,
         "answers": {
             each.attention: {
                 "of_earlier_runs": each.reused,
                 "new": len(each.predictions) - each.reused,
                 "seconds": each.seconds,
+                **_page_figures(each.page_use),
             }
             for each in outcomes
         },
@@ -323,12 +345,24 @@ def _ask(
     return questions, outcomes, facts
 
 
+def _page_figures(use: Any) -> dict[str, Any]:
+    """Of the new answers of an offloaded run, what its page caches did."""
+    if use is None:
+        return {}
+    return {"hit_ratio": use.hit_ratio, "slow_bytes_per_token": use.slow_bytes_per_token}
+
+
 def _print_answers(options: argparse.Namespace, facts: dict[str, Any]) -> None:
     for attention, counts in facts["answers"].items():
         print(
             f"{attention}: {counts['new']} answers in {counts['seconds']:.0f} s, "
             f"{counts['of_earlier_runs']} of earlier runs, all in {options.out}"
         )
+        if counts.get("hit_ratio") is not None:
+            print(
+                f"{attention}, offloaded: page hit ratio {counts['hit_ratio']:.2f}, "
+                f"{counts['slow_bytes_per_token'] / 1e6:.2f} MB a token from slow memory"
+            )
 
 
 def _chosen_tasks(text: str, allowed: Sequence[str]) -> list[str]:
