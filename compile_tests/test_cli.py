@@ -6,11 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from retro_ops import RetroConfig
 from retro_ops.cli import main
+from retro_ops.models import demo, load_model, memory
 from retro_ops.models.prose import haystack, make_needle, prose
 
 SMALL = ["demo", "--context", "2048", "--questions", "4"]
@@ -36,16 +40,120 @@ def test_demo_shows_and_writes_figures(tmp_path: Path, capsys: pytest.CaptureFix
     lines = printed.out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["attention", "dense", "retro"]
     assert all("8 of 8" in line for line in lines[2:])
+    assert "slow memory" not in printed.out
+    assert dense["offloaded"] is retro["offloaded"] is False
 
 
-def test_demo_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("offload", [False, True], ids=["plain", "offloaded"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_demo_compiles(offload: bool, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    assert main([*SMALL, "--attention", "retro", "--compile", "--json", str(file)]) == 0
+    arguments = [*SMALL, "--attention", "retro", "--compile", "--json", str(file)]
+    assert main([*arguments, *["--offload"] * offload]) == 0
     (retro,) = json.loads(file.read_text())
     assert retro["right"] == 4
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert retro["offloaded"] is offload
+    assert (retro["hit_ratio"] is not None) is offload
+
+
+@pytest.fixture
+def logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Of the steps of every demo, in order."""
+    seen = []
+    step = demo.Decoder.step
+
+    def noted(self: demo.Decoder, ids: Tensor) -> Tensor:
+        out = step(self, ids)
+        seen.append(out.cpu())
+        return out
+
+    monkeypatch.setattr(demo.Decoder, "step", noted)
+    return seen
+
+
+def run_both(arguments: list[str], logits: list[Tensor], file: Path) -> list[dict[str, Any]]:
+    """Figures of retro, not offloaded and offloaded; the logits of all steps are the same."""
+    results = []
+    for more in ([], ["--offload"]):
+        assert main([*arguments, "--attention", "retro", "--json", str(file), *more]) == 0
+        results += json.loads(file.read_text())
+    half = len(logits) // 2
+    assert half > 0
+    for plain, offloaded in zip(logits[:half], logits[half:], strict=True):
+        assert torch.equal(plain, offloaded)
+    plain, offloaded = results
+    assert plain["right"] == offloaded["right"]
+    assert (plain["offloaded"], offloaded["offloaded"]) == (False, True)
+    return results
+
+
+def test_demo_offloads(
+    logits: list[Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows that ask several questions, with the same logits; a larger page cache hits more."""
+    file = tmp_path / "figures.json"
+    plain, offloaded = run_both([*SMALL, "--batch-size", "2"], logits, file)
+    assert plain["hit_ratio"] is plain["slow_bytes_per_token"] is None
+    assert 0 < offloaded["hit_ratio"] < 1
+    # Steady tokens and the index are never in slow memory.
+    assert 0 < offloaded["slow_bytes_per_token"] < offloaded["kv_bytes_per_token"]
+    heading, row = capsys.readouterr().out.splitlines()[-2:]
+    assert "of it from slow memory" in heading
+    assert "page hit ratio" in heading
+    shown = [f"{offloaded['slow_bytes_per_token'] / 1e6:.2f}", f"{offloaded['hit_ratio']:.2f}"]
+    assert row.split()[-2:] == shown
+
+    # Room for all: a page misses once.
+    assert main([*SMALL, "--offload", "--cache-ratio", "1", "--json", str(file)]) == 0
+    dense, all_cached = json.loads(file.read_text())
+    assert dense["offloaded"] is False
+    assert dense["hit_ratio"] is dense["slow_bytes_per_token"] is None
+    assert offloaded["hit_ratio"] < all_cached["hit_ratio"] < 1
+    assert 0 < all_cached["slow_bytes_per_token"] < offloaded["slow_bytes_per_token"]
+
+
+def test_demo_offloads_what_is_too_short_to_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures.json"
+    arguments = ["demo", "--context", "64", "--questions", "1", "--attention", "retro", "--offload"]
+    assert main([*arguments, "--json", str(file)]) == 0
+    (retro,) = json.loads(file.read_text())
+    assert retro["offloaded"] is True
+    assert retro["hit_ratio"] is None
+    assert retro["slow_bytes_per_token"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [[], ["--compile"]], ids=["eager", "compiled"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_demo_offloads_on_a_gpu(more: list[str], logits: list[Tensor], tmp_path: Path) -> None:
+    arguments = ["demo", "--model", "recall", "--context", "4096", "--questions", "8"]
+    arguments += ["--batch-size", "2", "--device", "cuda", *more]
+    _, offloaded = run_both(arguments, logits, tmp_path / "figures.json")
+    assert offloaded["right"] == offloaded["questions"] == 16
+    assert 0 < offloaded["hit_ratio"] < 1
+    assert 0 < offloaded["slow_bytes_per_token"] < offloaded["kv_bytes_per_token"]
+
+
+def test_a_batch_that_does_not_fit_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where keys and values fit, and the page cache beside them does not; short rows have none."""
+    model = load_model("recall", dtype=torch.float32, device="cpu")
+    rows, tokens = 4, 8192
+    kv_bytes = rows * tokens * 4 * 2 * 2 * 64 * 4  # layers, keys and values, KV heads, D, float32
+    room = int(1.3 * kv_bytes)
+    monkeypatch.setattr(demo, "free_memory", lambda: memory.Memory(room))
+    monkeypatch.setattr(memory, "free_on", lambda device: room)
+    demo.check_batch(model, rows, tokens)
+    demo.check_batch(model, rows, tokens, offload=True)
+    large = RetroConfig(cache_ratio=0.5)
+    demo.check_batch(model, rows, tokens, config=large)
+    with pytest.raises(MemoryError, match=r"4 rows of max_cache_len 8,192 .* batch_size at most 3"):
+        demo.check_batch(model, rows, tokens, config=large, offload=True)
+    demo.check_batch(model, 3, tokens, config=large, offload=True)
+    with pytest.raises(MemoryError, match=r"6 prompts of 8,192 tokens need .* at most 5"):
+        demo.check_batch(model, 6, tokens, config=large, offload=True)
 
 
 def test_module_and_script_run(tmp_path: Path) -> None:
@@ -69,6 +177,9 @@ def test_module_and_script_run(tmp_path: Path) -> None:
         (["demo", "--device", "abacus"], "must be one of cpu"),
         (["demo", "--device", "cuda:99"], "got 'cuda:99'"),
         (["demo", "--json", "/no/such/folder/figures.json"], "cannot write '/no/such/folder"),
+        (["demo", "--cache-ratio", "2"], "--cache-ratio: must be a number in 0..1, got '2'"),
+        (["ruler", "--model", "gemma", "--cache-ratio", "-1"], "a number in 0..1, got '-1'"),
+        (["longbench", "--model", "gemma", "--cache-ratio", "half"], "in 0..1, got 'half'"),
     ],
 )
 def test_bad_arguments(
@@ -86,6 +197,10 @@ def test_bad_arguments(
         (["--retrieval-budget", "1.5"], "retrieval_budget must lie in 0..1, got 1.5"),
         (["--estimation-budget", "-1"], "estimation_budget must lie in 0..1, got -1"),
         (["--estimator", "guess"], "estimator must be one of variance, mean, got 'guess'"),
+        (
+            ["--attention", "dense", "--offload"],
+            "--offload is for retro attention, got --attention dense; add retro, or leave",
+        ),
         (["--records", "300"], "records must lie in 1 .. 256"),
         (["--questions", "129"], "questions must lie in 1 .. 128"),
         (["--model", "/no/such/model"], "no model '/no/such/model'"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from retro_ops import RetroConfig
 from retro_ops.models import demo, gemma, load_model, load_tokenizer
 
 
@@ -48,6 +49,42 @@ def test_finds_facts_wherever_dense_attention_does(model: Any) -> None:
     assert retro.right == 2
     assert retro.build_seconds > 0
     assert retro.kv_bytes_per_token < dense.kv_bytes_per_token
+
+
+def test_offloaded_text_is_the_same(model: Any) -> None:
+    """Padded rows, and a second batch: the same texts, and pages of both batches are counted."""
+    tokenizer = load_tokenizer("gemma")
+    (long,) = demo.hidden_facts(tokenizer, 240, [0.5], seed=0)
+    (short,) = demo.hidden_facts(tokenizer, 190, [0.5], seed=1)
+    config = RetroConfig(
+        local_tokens=16,
+        segment_size=64,
+        update_segment=64,
+        min_retrieved_clusters=4,
+        cache_ratio=0.4,
+    )
+    plain, offloaded = (
+        demo.text_demo(
+            model,
+            tokenizer,
+            [short, long, short],
+            batch_size=2,
+            max_new_tokens=6,
+            attentions=["retro"],
+            config=config,
+            offload=offload,
+        )[0]
+        for offload in (False, True)
+    )
+    assert offloaded.answers == plain.answers
+    assert len(set(plain.answers)) == 2
+    assert offloaded.right == plain.right
+    assert (plain.offloaded, plain.hit_ratio) == (False, None)
+    assert offloaded.offloaded
+    assert offloaded.hit_ratio is not None
+    assert offloaded.slow_bytes_per_token is not None
+    assert 0 < offloaded.hit_ratio < 1
+    assert 0 < offloaded.slow_bytes_per_token < offloaded.kv_bytes_per_token
 
 
 def test_damaged_weights_are_found(model: Any) -> None:

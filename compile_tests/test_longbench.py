@@ -339,6 +339,26 @@ def test_command(
     printed = capsys.readouterr().out
     assert "dense: 4 answers in" in printed
     assert " 1 of earlier runs" in printed
+    # Offloaded, retro is asked anew, and writes the same.
+    assert main([*arguments, "--tasks", "hotpotqa,lcc", "--offload", "--cache-ratio", "0.3"]) == 0
+    printed = capsys.readouterr().out
+    assert "dense: 0 answers in" in printed
+    assert "retro: 6 answers in" in printed
+    assert "retro, offloaded: page hit ratio 0." in printed
+    offloaded = json.loads(file.read_text())
+    assert (figures["offload"], offloaded["offload"]) == (False, True)
+    assert offloaded["config"]["cache_ratio"] == 0.3
+    assert 0 < offloaded["answers"]["retro"]["hit_ratio"] < 1
+    assert offloaded["answers"]["retro"]["slow_bytes_per_token"] > 0
+    assert "hit_ratio" not in figures["answers"]["retro"]
+    lines = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
+    written: dict[bool, dict[str, str]] = {False: {}, True: {}}
+    for line in lines:
+        if line["settings"]["attention"] == "retro":
+            own = written[line["settings"].get("offload", False)]
+            own[line["name"]] = line["prediction"]
+    assert len(written[True]) == 6
+    assert written[True] == {name: written[False][name] for name in written[True]}
 
 
 @pytest.mark.parametrize(

@@ -413,6 +413,47 @@ def test_batches_answer_as_single_prompts_do(
     assert len(set(answers)) == 5
 
 
+def test_offloaded_batches_give_the_same_answers(device: str, model: Any, tokenizer: Any) -> None:
+    """Padded rows, rows to spare, and a second batch in the same cache, of which few pages fit."""
+    questions = random_prompts(5)
+    config = RetroConfig(
+        local_tokens=16,
+        cluster_size=8,
+        segment_size=64,
+        update_segment=32,
+        min_retrieved_clusters=6,
+        cache_ratio=0.3,
+    )
+    own = copy.deepcopy(model).to(device)
+    answers = {}
+    for offload in (False, True):
+        answerer = Answerer(
+            own,
+            tokenizer,
+            "retro",
+            batch_size=3,
+            max_length=400,
+            config=config,
+            offload=offload,
+            compile_step=device == "cuda",
+        )
+        answers[offload] = answerer.answer(questions[:3])
+        assert (answerer.page_use is not None) is offload
+        first = copy.copy(answerer.page_use)
+        answers[offload] += answerer.answer(questions[3:])
+    assert answers[True] == answers[False]
+    assert len(set(answers[True])) == 5
+    use = answerer.page_use
+    assert first is not None
+    assert use is not None
+    # Both batches count: rows, and the steps of an answer but for its first token.
+    assert (first.tokens, use.tokens) == (3 * 11, 2 * 3 * 11)
+    assert use.hits > first.hits > 0
+    assert use.misses > first.misses > 0
+    assert use.hit_ratio == use.hits / (use.hits + use.misses)
+    assert use.slow_bytes_per_token > 0
+
+
 def test_stop_tokens_end_an_answer_but_do_not_begin_one(model: Any, tokenizer: Any) -> None:
     (question,) = random_prompts(1)
     model.set_attn_implementation("sdpa")
@@ -493,6 +534,13 @@ def test_a_run_goes_on_where_it_was_cut_off(
     other = RetroConfig(retrieval_budget=0.5)
     outcomes = run(model, tokenizer, questions, path, config=other)
     assert [outcome.reused for outcome in outcomes] == [4, 0]
+    # So is retro offloaded, once; dense has nothing to do with it.
+    del asked[:]
+    for reused in (0, 4):
+        outcomes = run(model, tokenizer, questions, path, offload=True)
+        assert [outcome.reused for outcome in outcomes] == [4, reused]
+    outcomes = run(model, tokenizer, questions, path)
+    assert [outcome.reused for outcome in outcomes] == [4, 4]
     outcomes = run(model, tokenizer, [ask_about([5] * 50, 0)], path, attentions=["dense"])
     assert [outcome.reused for outcome in outcomes] == [0]
 
@@ -600,6 +648,7 @@ def test_ruler_scores_a_language_model(
         (["--squad", "FILE"], "is not a SQuAD file"),
         (["--hotpotqa", "FILE"], "is not a HotpotQA file"),
         (["--retrieval-budget", "2"], "retrieval_budget must lie in 0..1, got 2"),
+        (["--attention", "dense", "--offload"], "--offload is for retro attention, got --att"),
         (["--model", "recall"], "model 'recall' has no tokenizer that loads"),
         (["--out", "FILE"], "line 1: not an answer of an earlier run; give another --out"),
     ],
