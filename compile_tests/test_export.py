@@ -6,6 +6,7 @@ Models are exported in fresh processes, as users do, and run by `csrc/runner/`, 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -977,8 +978,9 @@ def test_bench_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("offload", [False, True], ids=["on the GPU", "offloaded"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gpu_runner_replays_one_graph(dtype: str, tmp_path: Path) -> None:
+def test_gpu_runner_replays_one_graph(dtype: str, offload: bool, tmp_path: Path) -> None:
     """The recall model past a growth of its index, in a process without Python.
 
     The same tokens as the package in Python, as a compiled step (but for near ties) and as steps
@@ -988,7 +990,7 @@ def test_gpu_runner_replays_one_graph(dtype: str, tmp_path: Path) -> None:
     ran = run_process(
         *(sys.executable, "-m", "retro_ops", "bench", "export", "--device", "cuda"),
         *("--model", "recall", "--context", 2048, "--tokens", tokens, "--dtype", dtype),
-        *("--folder", tmp_path, "--json", file),
+        *("--folder", tmp_path, "--json", file, *["--offload"] * offload),
         cwd=ROOT,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -1007,3 +1009,87 @@ def test_gpu_runner_replays_one_graph(dtype: str, tmp_path: Path) -> None:
     assert recorded.graph
     assert not plain.graph
     assert torch.equal(recorded.tokens, plain.tokens)
+
+
+EXIT = """
+import sys
+import torch
+from retro_ops.models import load_exported
+
+exported = load_exported(sys.argv[1])
+state = exported.new_state()
+exported.prefill(torch.arange(1, 1301)[None] % 97 + 300, state)
+token = torch.full((1, 1), 300)
+for _ in range(200):
+    exported.decode(token, state)
+print("done")
+"""
+
+
+@pytest.mark.gpu
+def test_gpu_offloaded_package(tmp_path: Path) -> None:
+    """Its tokens are those of the package that is not, and of `generate` with the same cache.
+
+    The store lies in the host's memory, and no step copies it; a process may end while threads of
+    the host decide about pages.
+    """
+    context, new_tokens = 16384, 40
+    config = RetroConfig(cache_ratio=0.05)
+    model = load_model("recall", dtype=torch.float32, device="cuda")
+    packages = {name: tmp_path / f"{name}.pt2" for name in ("plain", "offloaded")}
+    for name, package in packages.items():
+        export_model(model, package, context=context, config=config, offload=name == "offloaded")
+    program = bench_export.runner_program()
+    exported = load_exported(packages["offloaded"])
+    like = torch.empty(0, device="cuda")
+    pinned, allocated = torch.ops.retro.host_bytes(like), torch.cuda.memory_allocated()
+    state = exported.new_state()
+    lines = [line.split() for line in exported.metadata["retro.state"].splitlines()]
+    hosts = [state[word[0]] for word in lines if word[3] == "host"]
+    held = sum(tensor.nbytes for tensor in state.values())
+    on_host = sum(tensor.nbytes for tensor in hosts)
+    assert on_host > held / 3
+    assert torch.ops.retro.host_bytes(like) - pinned >= on_host
+    # The allocator rounds up, by 511 bytes a tensor.
+    assert torch.cuda.memory_allocated() - allocated <= held - on_host + 512 * len(state)
+
+    for seed, prompt in enumerate((4096, 1, 12000, 2048)):
+        torch.manual_seed(seed)
+        ids = (
+            bench_export.make_prompt(model, "recall", 1, prompt)
+            if prompt > 1
+            else like.new_ones(1, 1, dtype=torch.int64).cpu()
+        )
+        cache = RetroCache(model.config, config, max_cache_len=context, offload=True)
+        expected = generate(
+            model, ids.cuda(), config, new_tokens, cache, eos_token_id=None, disable_compile=True
+        ).cpu()
+        # One state, conversation after conversation.
+        assert torch.equal(exported.generate(ids, new_tokens, state, eos=[]), expected), prompt
+        for name, package in packages.items():
+            ran = bench_export.run_runner(program, package, ids, new_tokens, timeout=120)
+            assert ran.graph, name
+            assert torch.equal(ran.tokens, expected), (name, prompt)
+        ran = bench_export.run_runner(
+            program, packages["offloaded"], ids, new_tokens, "--no-graph", timeout=120
+        )
+        assert not ran.graph
+        assert torch.equal(ran.tokens, expected), prompt
+    layers = {word[0].partition(".")[0] for word in lines if word[0].endswith(".store")}
+    counters = sum(state[f"{layer}.counters"] for layer in layers)
+    assert int(counters[0, Counter.PAGE_MISSES]) > 0
+    assert int(counters[0, Counter.PAGE_HITS]) > 0
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    exported.decode(ids[:, :1], state)
+    torch.cuda.synchronize()
+    (store, *_) = (state[word[0]] for word in lines if word[0].endswith(".store"))
+    assert torch.cuda.max_memory_allocated() - before < store.nbytes / 2
+
+    del state, hosts, store, counters, cache
+    gc.collect()
+    assert torch.ops.retro.host_bytes(like) <= pinned
+    ran = run_process(sys.executable, "-c", EXIT, packages["offloaded"], cwd=tmp_path, timeout=300)
+    assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
