@@ -32,8 +32,9 @@ from retro_ops.models.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
-    *("model", "layers", "dtype", "context", "batch", "tokens", "graph", "ms", "compiled_ms"),
-    *("ratio", "equal_tokens", "compiled_tokens", "worst_gap", "error", "eager_error"),
+    *("model", "layers", "dtype", "context", "batch", "tokens", "offload", "graph", "ms"),
+    *("compiled_ms", "ratio", "equal_tokens", "compiled_tokens", "worst_gap", "error"),
+    *("eager_error",),
     *("export_s", "gb", "load_s", "prompt_s", "note", "wrong"),
 )
 """What a table shows of a row; the machine is in its title."""
@@ -227,6 +228,7 @@ def run(
     tokens: int,
     layers: int | None,
     config: RetroConfig,
+    offload: bool,
     runner: Path | None,
     folder: Path | None,
     exact: bool,
@@ -246,6 +248,7 @@ def run(
         tokens: generated after it.
         layers: of models with random weights; None: as many as the shape has.
         config: budgets and sizes.
+        offload: KV stores in slow memory, of the package and in Python.
         runner: the program; None: build it.
         folder: keeps the packages; None: they go.
         exact: compare with float32 too, where `dtype` is another: without it there is no error
@@ -263,6 +266,7 @@ def run(
                     with TemporaryDirectory() as temporary:
                         row = _case(
                             *(name, dtype, context, rows, tokens, layers, device, config, program),
+                            offload=offload,
                             folder=Path(temporary) if folder is None else folder,
                             exact=exact,
                             timeout=timeout,
@@ -284,6 +288,7 @@ def _case(
     config: RetroConfig,
     program: Path,
     *,
+    offload: bool,
     folder: Path,
     exact: bool,
     timeout: float,
@@ -294,7 +299,12 @@ def _case(
     model = make_model(name, dtype, device, layers)
     ids = make_prompt(model, name, rows, context)
     capacity = context + tokens
-    package = folder / f"{name}-{str(dtype).removeprefix('torch.')}-{context}-{rows}.pt2"
+    short = str(dtype).removeprefix("torch.")
+    package = folder / f"{name}-{short}-{context}-{rows}{'-offload' * offload}.pt2"
+
+    def new_cache() -> RetroCache:
+        return _new_cache(model, config, capacity, rows, offload)
+
     _check_disk(folder, model)
 
     begin = time.perf_counter()
@@ -304,6 +314,7 @@ def _case(
         context=capacity,
         batch_size=rows,
         config=config,
+        offload=offload,
         name=name,
         progress=lambda what, done, total: progress(what),
     )
@@ -322,12 +333,12 @@ def _case(
     _free(device)
     progress("compiling the step in Python")
     of_compiled, written, milliseconds = _compiled(
-        model, _new_cache(model, config, capacity, rows), first, prompt_state, ran.tokens
+        model, new_cache(), first, prompt_state, ran.tokens
     )
     torch.compiler.reset()
     _free(device)
     progress(f"a compiled step took {milliseconds:.3f} ms; running eager Python")
-    cache = _new_cache(model, config, capacity, rows)
+    cache = new_cache()
     # In float32 it goes on from the same clusters: there is no budget for others.
     same = prompt_state if dtype == torch.float32 else None
     of_eager = _eager(model, cache, ids, ran.tokens, same)
@@ -338,7 +349,7 @@ def _case(
         _free(device)
         try:
             model.float()
-            cache = _new_cache(model, config, capacity, rows)
+            cache = new_cache()
             of_float32 = _eager(model, cache, ids, ran.tokens, None)
         except (MemoryError, RuntimeError) as no_memory:
             notes.append(f"float32 {memory_note(no_memory)}")
@@ -368,10 +379,11 @@ def _case(
     return {
         "model": name,
         "layers": model.config.num_hidden_layers,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": short,
         "context": context,
         "batch": rows,
         "tokens": tokens,
+        "offload": "yes" if offload else "no",
         "graph": "yes" if ran.graph else "no",
         "ms": ran.step_ms,
         "compiled_ms": milliseconds,
@@ -400,7 +412,9 @@ def _in_python(
     exported = load_exported(package)
     state = exported.new_state()
     first = exported.prefill(ids, state).clone()
-    prompt_state = {key: tensor.clone() for key, tensor in state.items()}
+    # A store of the host need not fit in the memory of a GPU.
+    place = torch.device("cpu") if exported.offload else exported.device
+    prompt_state = {key: tensor.to(place, copy=True) for key, tensor in state.items()}
     return forced(lambda one: exported.decode(one, state), first, tokens), first, prompt_state
 
 
@@ -457,9 +471,13 @@ def _eager(
     return forced(Steps(model, cache, compiled=False), out.logits[:, -1], tokens)
 
 
-def _new_cache(model: PreTrainedModel, config: RetroConfig, capacity: int, rows: int) -> RetroCache:
+def _new_cache(
+    model: PreTrainedModel, config: RetroConfig, capacity: int, rows: int, offload: bool
+) -> RetroCache:
     """Allocated, and empty."""
-    cache = RetroCache(model.config, config, max_cache_len=capacity, batch_size=rows)
+    cache = RetroCache(
+        model.config, config, max_cache_len=capacity, batch_size=rows, offload=offload
+    )
     heads = model.config.num_key_value_heads
     cache.early_initialization(rows, heads, model.config.head_dim, model.dtype, model.device)
     return cache

@@ -5,6 +5,8 @@ Models are exported in fresh processes, as users do, and run by `csrc/runner/`, 
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import io
 import json
 import os
@@ -32,13 +34,13 @@ from transformers import (
 )
 
 import retro_ops
-from retro_ops import RetroConfig, RetroLayer
+from retro_ops import RetroConfig, RetroLayer, cli_bench, wave_buffer
 from retro_ops._library import find_library
 from retro_ops.benchmarks import export as bench_export
 from retro_ops.cli import main
 from retro_ops.models import RetroCache, export_model, load_exported, load_model
-from retro_ops.models.export import Program, state_of
-from retro_ops.ops._contract import Counter
+from retro_ops.models.export import FORMAT, Program, state_of
+from retro_ops.ops._contract import Counter, FreeHeader
 from retro_ops.testing import assert_same, example_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +49,8 @@ OPS = sorted(set(retro_ops.__all__) - {"RetroConfig", "RetroLayer"})
 SMALL = RetroConfig(
     local_tokens=16, cluster_size=8, segment_size=64, update_segment=32, min_retrieved_clusters=2
 )
+# The page cache holds three tokens in ten, so that pages come and go.
+PAGED = dataclasses.replace(SMALL, cache_ratio=0.3)
 VOCABULARY = 97
 BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -302,12 +306,18 @@ def padded(ids: Tensor, starts: list[int]) -> Tensor:
 
 
 def generate(
-    model: PreTrainedModel, ids: Tensor, config: RetroConfig, new_tokens: int, **options: Any
+    model: PreTrainedModel,
+    ids: Tensor,
+    config: RetroConfig,
+    new_tokens: int,
+    cache: RetroCache | None = None,
+    **options: Any,
 ) -> Tensor:
     """What `model.generate` writes, `[B, new_tokens]` at most."""
-    cache = RetroCache(
-        model.config, config, max_cache_len=ids.shape[1] + new_tokens, batch_size=len(ids)
-    )
+    if cache is None:
+        cache = RetroCache(
+            model.config, config, max_cache_len=ids.shape[1] + new_tokens, batch_size=len(ids)
+        )
     settings = {"max_new_tokens": new_tokens, "do_sample": False, **options}
     out = model.generate(ids, past_key_values=cache, **settings)
     return out[:, ids.shape[1] :]
@@ -345,26 +355,39 @@ import torch
 from retro_ops import RetroConfig
 from retro_ops.models import export_model, load_model
 
-folder, package, config, context = sys.argv[1:]
+folder, package, config, context, offload = sys.argv[1:]
 model = load_model(folder, device="cpu")
 settings = RetroConfig(**json.loads(config))
-export_model(model, package, context=int(context), batch_size=2, config=settings)
+options = {"config": settings, "offload": offload == "yes"}
+export_model(model, package, context=int(context), batch_size=2, **options)
 """
+
+
+def export_small(model: PreTrainedModel, package: Path, config: RetroConfig, offload: str) -> None:
+    """A package of two rows of 200 tokens, beside a folder with the model."""
+    model.save_pretrained(package.with_suffix(""))
+    ran = run_process(
+        *(sys.executable, "-c", EXPORT, package.with_suffix(""), package),
+        *(json.dumps(vars(config)), 200, offload),
+        cwd=package.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # see the test of threads
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.fixture(scope="session")
 def small_gemma(folder: Path) -> tuple[PreTrainedModel, Path]:
     """A model with sliding windows, and its package of two rows whose index grows soon."""
-    model = make_model(gemma())
-    model.save_pretrained(folder / "gemma")
-    package = folder / "gemma.pt2"
-    settings = json.dumps(vars(SMALL))
-    ran = run_process(
-        *(sys.executable, "-c", EXPORT, folder / "gemma", package, settings, 200),
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # see the test of threads
-    )
-    assert ran.returncode == 0, ran.stderr
+    model, package = make_model(gemma()), folder / "gemma.pt2"
+    export_small(model, package, SMALL, "no")
+    return model, package
+
+
+@pytest.fixture(scope="session")
+def offloaded(folder: Path) -> tuple[PreTrainedModel, Path]:
+    """The same model, its package with a store behind a page cache."""
+    model, package = make_model(gemma()), folder / "offloaded.pt2"
+    export_small(model, package, PAGED, "yes")
     return model, package
 
 
@@ -466,6 +489,75 @@ def test_package_writes_the_tokens_of_generate(
     assert not torch.equal(state["0.store"], other["0.store"])
     expected = generate(model, ids, RetroConfig(), 20)
     assert torch.equal(exported.generate(ids, 20, state), expected)
+
+
+def test_offloaded_package_writes_the_same(
+    small_gemma: tuple[PreTrainedModel, Path], offloaded: tuple[PreTrainedModel, Path], runner: Path
+) -> None:
+    """As the package that is not, and as `generate`, page by page; conversation after conversation.
+
+    The index grows up to five times; a single token goes on to the last one that a row can hold.
+    """
+    model, package = offloaded
+    plain, exported = load_exported(small_gemma[1]), load_exported(package)
+    assert (plain.offload, exported.offload) == (False, True)
+    state, evicted = exported.new_state(), 0
+    for prompt, start, new_tokens in ((90, 38, 111), (1, 0, 200), (199, 2, 2), (30, 29, 150)):
+        ids = make_prompt(2, prompt, seed=prompt)
+        mask = padded(ids, [0, start])
+        cache = RetroCache(model.config, PAGED, max_cache_len=200, batch_size=2, offload=True)
+        expected = generate(model, ids, PAGED, new_tokens, cache, attention_mask=mask)
+        got = exported.generate(ids, new_tokens, state, attention_mask=mask)
+        assert torch.equal(got, expected), (prompt, start)
+        assert torch.equal(plain.generate(ids, new_tokens, attention_mask=mask), expected)
+        ran = run_runner(runner, package, as_lines(ids, [0, start]), "--new-tokens", new_tokens)
+        assert torch.equal(tokens_of(ran), expected), (prompt, start)
+        own = cache.retro_layers[0].retro
+        assert own is not None
+        for name in ("counters", "page_table", "free_pages", "decisions", "cached"):
+            here, there = state[f"1.{name}"].clone(), own.get_buffer(name).clone()
+            if name == "counters" and prompt == 1:  # a prompt here, a step there
+                here[:, Counter.STEPS] += 1
+            elif prompt == 1:  # which stand for the number of a step
+                here, there = here[:, :, 2:], there[:, :, 2:]
+            assert_same(here, there, f"{prompt}, {name}")
+        evicted += int(state["1.counters"][:, Counter.EVICTIONS].sum())
+        assert int(state["1.counters"][:, Counter.PAGE_MISSES].min()) > 0
+    assert evicted > 100
+
+
+def test_steps_of_a_state_that_has_not_begun(
+    small_gemma: tuple[PreTrainedModel, Path], offloaded: tuple[PreTrainedModel, Path]
+) -> None:
+    """They are those behind a prompt of one token, past several growths of the index."""
+    for model, package in (small_gemma, offloaded):
+        exported, token = load_exported(package), make_prompt(2, 1)
+        expected = generate(model, token, PAGED, 150)
+        state, written = exported.new_state(), []
+        for _ in range(150):
+            token = exported.decode(token, state).argmax(dim=1, keepdim=True)
+            written.append(token)
+        assert torch.equal(torch.cat(written, dim=1), expected)
+
+
+def test_offloaded_package_says_what_lies_where(offloaded: tuple[PreTrainedModel, Path]) -> None:
+    exported = load_exported(offloaded[1])
+    lines = exported.metadata["retro.state"].splitlines()
+    words = [line.split() for line in lines]
+    assert {word[3] for word in words} == {"host", "device"}
+    assert {word[0] for word in words if word[3] == "host"} == {
+        f"1.{name}" for name in wave_buffer.ON_HOST
+    }
+    assert json.loads(exported.metadata["retro.config"])["cache_ratio"] == PAGED.cache_ratio
+    # As a new layer has it.
+    state = exported.new_state()
+    cache = RetroCache(offloaded[0].config, PAGED, max_cache_len=200, batch_size=2, offload=True)
+    cache.early_initialization(2, 2, 32, torch.float32, torch.device("cpu"))
+    assert state.keys() == state_of(cache).keys()
+    for name, tensor in state_of(cache).items():
+        assert_same(state[name], tensor, name)
+    free = state["1.free_pages"]
+    assert int(free[:, :, FreeHeader.COUNT].min()) == free.shape[2] - len(FreeHeader) > 0
 
 
 def test_rows_of_different_length(llama: tuple[PreTrainedModel, Path], runner: Path) -> None:
@@ -570,8 +662,11 @@ def test_package_says_what_it_is(llama: tuple[PreTrainedModel, Path], folder: Pa
     assert (facts["context"], facts["batch_size"], facts["vocabulary"]) == ("2400", "2", "97")
     assert (facts["device"], facts["dtype"]) == ("cpu", "float32")
     assert (facts["eos"], facts["pad"]) == ("", "0")
-    assert facts["state"].splitlines()[-2:] == ["position int64 -", "starts int64 2"]
-    assert f"0.counters int64 2x{len(Counter)}" in facts["state"].splitlines()
+    assert facts["offload"] == "no"
+    lines = facts["state"].splitlines()
+    assert lines[-2:] == ["position int64 - device", "starts int64 2 device"]
+    assert f"0.counters int64 2x{len(Counter)} device" in lines
+    assert not [line for line in lines if not line.endswith(" device")]
     figures = json.loads((folder / "llama.json").read_text())
     assert figures["retro.state"] == metadata["retro.state"]
     assert figures["megabytes"] == package.stat().st_size / 1e6
@@ -630,11 +725,11 @@ PACKAGES: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         f"needs version 9.8.7 of the op library, version {retro_ops.__version__} is loaded",
     ),
     "format": (
-        lambda package, path: with_metadata(package, path / "f.pt2", format="0"),
-        "is not a package of this version of retro_ops (format 0, not 2)",
+        lambda package, path: with_metadata(package, path / "f.pt2", format="2"),
+        f"is not a package of this version of retro_ops (format 2, not {FORMAT})",
     ),
     "missing": (lambda package, path: path / "none.pt2", "no package '"),
-    "text": (lambda package, path: ROOT / "README.md", "(format unknown, not 2); make one with"),
+    "text": (lambda package, path: ROOT / "README.md", f"(format unknown, not {FORMAT}); make"),
     "gpu": (
         lambda package, path: with_metadata(package, path / "g.pt2", device="cuda"),
         "was exported for cuda, and there is no GPU here",
@@ -773,6 +868,28 @@ def test_command_refuses(
     assert printed.err.count("\n") == 1
 
 
+def test_command_offloads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The options reach `export_model`, and the command says so."""
+    asked: dict[str, Any] = {}
+
+    def export(model: Any, path: Path, **options: Any) -> dict[str, str]:
+        asked.update(options)
+        path.touch()
+        return {"retro.device": "cpu", "retro.ops": retro_ops.__version__}
+
+    monkeypatch.setattr("retro_ops.models.export_model", export)
+    out = ["--out", str(tmp_path / "x.pt2"), "--device", "cpu"]
+    command = ["export", "recall", "--context", "99", *out]
+    assert main([*command, "--offload", "--cache-ratio", "0.25"]) == 0
+    assert (asked["offload"], asked["config"].cache_ratio) == (True, 0.25)
+    assert "up to 99 tokens, offloaded, " in capsys.readouterr().out
+    assert main(command) == 0
+    assert (asked["offload"], asked["config"]) == (False, RetroConfig())
+    assert "offloaded" not in capsys.readouterr().out
+
+
 def test_export_needs_a_compiler(tmp_path: Path) -> None:
     model = make_model(LlamaConfig(**BASE))
     with (
@@ -785,34 +902,41 @@ def test_export_needs_a_compiler(tmp_path: Path) -> None:
 # Measuring
 
 
-@pytest.mark.parametrize("other", [False, True], ids=["right", "other weights"])
+@pytest.mark.parametrize("case", ["right", "other weights", "offloaded"])
 def test_bench_compares(
-    other: bool,
+    case: str,
     llama: tuple[PreTrainedModel, Path],
     runner: Path,
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The package of a model, and of one that is not the model in Python."""
-    model, package = llama
+    """The package of a model, of one that is not the model in Python, and an offloaded one."""
+    (model, package), context, config = llama, 2400, RetroConfig()
+    other, offload = case == "other weights", case == "offloaded"
+    if offload:
+        (model, package), context, config = request.getfixturevalue("offloaded"), 200, PAGED
     if other:
         model = make_model(LlamaConfig(**BASE))
         with torch.no_grad():
             model.lm_head.weight[:60].mul_(1.1)
 
-    def export(model: PreTrainedModel, path: Path, *, context: int, **options: Any) -> None:
-        assert (context, options["batch_size"]) == (2400, 2)
+    def export(model: PreTrainedModel, path: Path, **options: Any) -> None:
+        assert (options["context"], options["batch_size"]) == (context, 2)
+        assert options["offload"] == offload
         shutil.copy(package, path)
 
     compiled = torch.compile
     monkeypatch.setattr(bench_export, "make_model", lambda *args: model)
     monkeypatch.setattr(bench_export, "export_model", export)
+    monkeypatch.setattr(cli_bench, "budgets", lambda options: config)
     monkeypatch.setattr(
         torch, "compile", lambda call, mode, **options: compiled(call, backend="eager", **options)
     )
     file = tmp_path / "rows.json"
-    command = ["bench", "export", "--device", "cpu", "--model", "tiny", "--context", "2380"]
+    command = ["bench", "export", "--device", "cpu", "--model", "tiny"]
+    command += ["--context", str(context - 20), *["--offload"] * offload]
     command += ["--tokens", "20", "--batch", "2", "--runner", str(runner), "--json", str(file)]
     command += ["--folder", str(tmp_path)]
     if other:
@@ -823,7 +947,7 @@ def test_bench_compares(
     (row,) = json.loads(file.read_text())
     assert row["ms"] > 0
     assert row["compiled_ms"] > 0
-    assert row["graph"] == "no"
+    assert (row["graph"], row["offload"]) == ("no", "yes" if offload else "no")
     if other:
         assert "logits differ by" in row["wrong"]
         assert "from the package's own" not in row["wrong"]
@@ -854,8 +978,9 @@ def test_bench_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("offload", [False, True], ids=["on the GPU", "offloaded"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gpu_runner_replays_one_graph(dtype: str, tmp_path: Path) -> None:
+def test_gpu_runner_replays_one_graph(dtype: str, offload: bool, tmp_path: Path) -> None:
     """The recall model past a growth of its index, in a process without Python.
 
     The same tokens as the package in Python, as a compiled step (but for near ties) and as steps
@@ -865,7 +990,7 @@ def test_gpu_runner_replays_one_graph(dtype: str, tmp_path: Path) -> None:
     ran = run_process(
         *(sys.executable, "-m", "retro_ops", "bench", "export", "--device", "cuda"),
         *("--model", "recall", "--context", 2048, "--tokens", tokens, "--dtype", dtype),
-        *("--folder", tmp_path, "--json", file),
+        *("--folder", tmp_path, "--json", file, *["--offload"] * offload),
         cwd=ROOT,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -884,3 +1009,87 @@ def test_gpu_runner_replays_one_graph(dtype: str, tmp_path: Path) -> None:
     assert recorded.graph
     assert not plain.graph
     assert torch.equal(recorded.tokens, plain.tokens)
+
+
+EXIT = """
+import sys
+import torch
+from retro_ops.models import load_exported
+
+exported = load_exported(sys.argv[1])
+state = exported.new_state()
+exported.prefill(torch.arange(1, 1301)[None] % 97 + 300, state)
+token = torch.full((1, 1), 300)
+for _ in range(200):
+    exported.decode(token, state)
+print("done")
+"""
+
+
+@pytest.mark.gpu
+def test_gpu_offloaded_package(tmp_path: Path) -> None:
+    """Its tokens are those of the package that is not, and of `generate` with the same cache.
+
+    The store lies in the host's memory, and no step copies it; a process may end while threads of
+    the host decide about pages.
+    """
+    context, new_tokens = 16384, 40
+    config = RetroConfig(cache_ratio=0.05)
+    model = load_model("recall", dtype=torch.float32, device="cuda")
+    packages = {name: tmp_path / f"{name}.pt2" for name in ("plain", "offloaded")}
+    for name, package in packages.items():
+        export_model(model, package, context=context, config=config, offload=name == "offloaded")
+    program = bench_export.runner_program()
+    exported = load_exported(packages["offloaded"])
+    like = torch.empty(0, device="cuda")
+    pinned, allocated = torch.ops.retro.host_bytes(like), torch.cuda.memory_allocated()
+    state = exported.new_state()
+    lines = [line.split() for line in exported.metadata["retro.state"].splitlines()]
+    hosts = [state[word[0]] for word in lines if word[3] == "host"]
+    held = sum(tensor.nbytes for tensor in state.values())
+    on_host = sum(tensor.nbytes for tensor in hosts)
+    assert on_host > held / 3
+    assert torch.ops.retro.host_bytes(like) - pinned >= on_host
+    # The allocator rounds up, by 511 bytes a tensor.
+    assert torch.cuda.memory_allocated() - allocated <= held - on_host + 512 * len(state)
+
+    for seed, prompt in enumerate((4096, 1, 12000, 2048)):
+        torch.manual_seed(seed)
+        ids = (
+            bench_export.make_prompt(model, "recall", 1, prompt)
+            if prompt > 1
+            else like.new_ones(1, 1, dtype=torch.int64).cpu()
+        )
+        cache = RetroCache(model.config, config, max_cache_len=context, offload=True)
+        expected = generate(
+            model, ids.cuda(), config, new_tokens, cache, eos_token_id=None, disable_compile=True
+        ).cpu()
+        # One state, conversation after conversation.
+        assert torch.equal(exported.generate(ids, new_tokens, state, eos=[]), expected), prompt
+        for name, package in packages.items():
+            ran = bench_export.run_runner(program, package, ids, new_tokens, timeout=120)
+            assert ran.graph, name
+            assert torch.equal(ran.tokens, expected), (name, prompt)
+        ran = bench_export.run_runner(
+            program, packages["offloaded"], ids, new_tokens, "--no-graph", timeout=120
+        )
+        assert not ran.graph
+        assert torch.equal(ran.tokens, expected), prompt
+    layers = {word[0].partition(".")[0] for word in lines if word[0].endswith(".store")}
+    counters = sum(state[f"{layer}.counters"] for layer in layers)
+    assert int(counters[0, Counter.PAGE_MISSES]) > 0
+    assert int(counters[0, Counter.PAGE_HITS]) > 0
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    exported.decode(ids[:, :1], state)
+    torch.cuda.synchronize()
+    (store, *_) = (state[word[0]] for word in lines if word[0].endswith(".store"))
+    assert torch.cuda.max_memory_allocated() - before < store.nbytes / 2
+
+    del state, hosts, store, counters, cache
+    gc.collect()
+    assert torch.ops.retro.host_bytes(like) <= pinned
+    ran = run_process(sys.executable, "-c", EXIT, packages["offloaded"], cwd=tmp_path, timeout=300)
+    assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr

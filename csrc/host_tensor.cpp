@@ -5,7 +5,7 @@ namespace retro {
 namespace {
 
 Tensor host_tensor(const Tensor& like, std::vector<int64_t> size) {
-  return torch::stable::new_empty(like, size);
+  return torch::stable::new_zeros(like, size);
 }
 
 int64_t host_bytes(const Tensor& like) {

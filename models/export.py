@@ -25,12 +25,13 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.export.pt2_archive._package import load_pt2, package_pt2
 from transformers import PreTrainedModel
 
-from retro_ops import RetroConfig
+from retro_ops import RetroConfig, wave_buffer
 from retro_ops.models.attention import NAME
 from retro_ops.models.cache import RetroCache, RetroCacheLayer
+from retro_ops.models.memory import host_buffers
 from retro_ops.models.rope import longest_context
 
-FORMAT = "2"
+FORMAT = "3"
 """Of the metadata and the weights; the runner in `csrc/runner/` has the same number."""
 PROGRAMS = ("decode", "prefill")
 MIN_CONTEXT = 16
@@ -47,6 +48,9 @@ DTYPES = {
 State = dict[str, Tensor]
 """What a conversation has come to, by name: `layer.tensor` for every layer, then `position` and
 `starts`."""
+
+DEVICE, HOST = "device", "host"
+"""Where a tensor of the state lies, in the words of a package; on a CPU that is one memory."""
 
 
 class Program(nn.Module):
@@ -80,8 +84,9 @@ class Program(nn.Module):
         if tokens > 1:
             position.zero_()
         place = torch.arange(tokens, device=ids.device) + position
-        # A step has a mask of fixed size, for sliding windows: later tokens are not looked at.
-        known = torch.arange(tokens if tokens > 1 else self._context, device=ids.device)
+        # A step has a mask of fixed size, for sliding windows: later tokens are not looked at. A
+        # prompt of one token has padding before it, which a full row holds besides its tokens.
+        known = torch.arange(tokens if tokens > 1 else self._context + 1, device=ids.device)
         with _attached(self._cache, state):
             out = self.model(
                 input_ids=ids,
@@ -111,6 +116,15 @@ def state_of(cache: RetroCache) -> State:
     state["position"] = cache.layers[0].cumulative_length
     state["starts"] = state["position"].new_zeros(cache.batch_size)
     return state
+
+
+def _on_host(cache: RetroCache) -> set[str]:
+    """Names of tensors of the state that an offloaded cache on a GPU has in the host's memory."""
+    return {
+        f"{number}.{name}"
+        for number, layer in enumerate(cache.layers)
+        for name in host_buffers(layer)
+    }
 
 
 @contextmanager
@@ -146,6 +160,7 @@ def export_model(
     context: int,
     batch_size: int = 1,
     config: RetroConfig | None = None,
+    offload: bool = False,
     name: str = "",
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, str]:
@@ -160,6 +175,7 @@ def export_model(
         context: N, tokens that a row can hold, prompt and generated ones.
         batch_size: B, rows; a package has one number of rows.
         config: budgets and sizes; None: the defaults.
+        offload: KV stores in slow memory behind page caches, as of `RetroCache`.
         name: of the model, for the record.
         progress: told what is being done, steps done, steps in all.
 
@@ -169,6 +185,7 @@ def export_model(
     Raises:
         ValueError: a number is out of range, or retro attention cannot serve the model.
         OSError: there is no C++ compiler, or no folder for the package.
+        MemoryError: the state of a conversation does not fit in the memory here.
     """
     path = Path(path)
     if path.suffix != ".pt2":
@@ -208,7 +225,9 @@ def export_model(
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.contiguous()  # a package keeps no strides
     model.set_attn_implementation(NAME)
-    cache = RetroCache(model.config, config, max_cache_len=context, batch_size=batch_size)
+    cache = RetroCache(
+        model.config, config, max_cache_len=context, batch_size=batch_size, offload=offload
+    )
     if not cache.retro_layers:
         raise ValueError(
             f"{type(model).__name__} has no full-attention layers, so there is nothing to export "
@@ -219,9 +238,7 @@ def export_model(
     ids = torch.zeros(batch_size, context - 1, dtype=torch.int64, device=model.device)
     with torch.no_grad():
         model(input_ids=ids[:, :2], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    state = state_of(cache)
-    for tensor in state.values():
-        tensor.zero_()
+    state, on_host = state_of(cache), _on_host(cache)
 
     metadata = {
         "retro.format": FORMAT,
@@ -235,7 +252,11 @@ def export_model(
         "retro.device": model.device.type,
         "retro.config": json.dumps(dataclasses.asdict(config)),
         "retro.torch": torch.__version__,
-        "retro.state": "\n".join(f"{key} {_described(value)}" for key, value in state.items()),
+        "retro.offload": "yes" if offload else "no",
+        "retro.state": "\n".join(
+            f"{key} {_described(value)} {HOST if key in on_host else DEVICE}"
+            for key, value in state.items()
+        ),
     }
     weights: dict[str, dict[str, Tensor]] = {}
     files: dict[str, Any] = {}
@@ -361,6 +382,7 @@ class ExportedModel:
         metadata: what the package says of itself.
         context: N, tokens that a row can hold.
         batch_size: B, rows.
+        offload: whether KV stores lie in slow memory.
         vocabulary: V, tokens that there are.
         eos: the tokens that end a row.
         pad: the token that stands behind the end of a row.
@@ -373,6 +395,7 @@ class ExportedModel:
         self.metadata = metadata
         self.context = int(metadata["retro.context"])
         self.batch_size = int(metadata["retro.batch_size"])
+        self.offload = metadata["retro.offload"] == "yes"
         self.vocabulary = int(metadata["retro.vocabulary"])
         self.eos = tuple(map(int, metadata["retro.eos"].split()))
         self.pad = int(metadata["retro.pad"])
@@ -380,12 +403,24 @@ class ExportedModel:
         self._programs = programs
 
     def new_state(self) -> State:
-        """The state of a conversation that has not begun."""
+        """The state of a conversation that has not begun.
+
+        Raises:
+            RuntimeError: there is no room for it.
+        """
         state = {}
         for line in self.metadata["retro.state"].splitlines():
-            name, _, description = line.partition(" ")
-            dtype, shape = _made(description)
-            state[name] = torch.zeros(shape, dtype=dtype, device=self.device)
+            name, kind, sizes, place = line.split()
+            dtype, shape = _made(f"{kind} {sizes}")
+            if place == HOST:
+                state[name] = wave_buffer.host_tensor(tuple(shape), dtype, self.device)
+            else:
+                state[name] = torch.zeros(shape, dtype=dtype, device=self.device)
+        if self.offload:  # all zeros are an empty index, but no empty page cache
+            for layer in {key.partition(".")[0] for key in state if key.endswith(".page_table")}:
+                wave_buffer.clear_buffers(
+                    {name: state[f"{layer}.{name}"] for name in wave_buffer.NAMES}
+                )
         return state
 
     def prefill(self, ids: Tensor, state: State, attention_mask: Tensor | None = None) -> Tensor:
@@ -402,10 +437,8 @@ class ExportedModel:
         """
         starts = self._starts(ids, attention_mask)
         self._check(ids)
-        if ids.shape[1] == 1:  # the step of an empty state
-            for tensor in state.values():
-                tensor.zero_()
-            return self._run("decode", ids, state)
+        if ids.shape[1] == 1:  # the program takes two tokens or more: padding goes before it
+            ids, starts = nn.functional.pad(ids, (1, 0)), starts + 1
         state["starts"].copy_(starts)
         return self._run("prefill", ids, state)
 

@@ -213,6 +213,7 @@ def _add_export(commands: Any) -> None:
     )
     parser.add_argument("--batch-size", type=number(1), default=1, help="rows; no other number")
     parser.add_argument("--out", type=package_file, default="model.pt2", metavar="FILE")
+    add_offload(parser)
     add_dtype(parser)
     add_device(parser)
     add_json(parser)
@@ -236,6 +237,7 @@ def _export(options: argparse.Namespace) -> None:
             context=options.context,
             batch_size=options.batch_size,
             config=config,
+            offload=options.offload,
             name=options.model,
             progress=progress,
         )
@@ -243,7 +245,8 @@ def _export(options: argparse.Namespace) -> None:
     megabytes = options.out.stat().st_size / 1e6
     print(
         f"{options.out}: {options.model}, {name} on {metadata['retro.device']}, batch "
-        f"{options.batch_size}, up to {options.context:,} tokens, {megabytes:.1f} MB, "
+        f"{options.batch_size}, up to {options.context:,} tokens, "
+        f"{'offloaded, ' * options.offload}{megabytes:.1f} MB, "
         f"in {seconds:.0f} s"
     )
     print(f"It needs version {metadata['retro.ops']} of the op library: {_library()}")

@@ -583,6 +583,7 @@ def _add_bench_export(kinds: Any) -> None:
         help="compare logits with float32's, if --dtype is another",
     )
     kind.add_argument("--timeout", type=number(1), default=300, help="seconds, of the runner")
+    add_offload(kind)
     _add_files(kind)
     add_budgets(kind)
 
@@ -621,6 +622,7 @@ def _bench_export(options: argparse.Namespace) -> None:
             tokens=options.tokens,
             layers=options.layers,
             config=budgets(options),
+            offload=options.offload,
             runner=options.runner,
             folder=options.folder,
             exact=options.exact,

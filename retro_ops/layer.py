@@ -42,7 +42,7 @@ class RetroLayer(nn.Module):
         offload: keep the KV store in slow memory behind a page cache of `config.cache_ratio` of it.
             Changes no result, bit for bit. On a CPU both are plain memory. On a GPU the store is
             pinned memory of the host; such a layer stays where it is: it cannot be moved, copied by
-            `copy.deepcopy` (see `fork`) or exported.
+            `copy.deepcopy` (see `fork`) or exported by itself.
 
     Raises:
         TypeError: `config` or a number is something else.

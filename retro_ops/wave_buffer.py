@@ -121,7 +121,7 @@ def allocate(shapes: Shapes, device: torch.device, layers: int) -> dict[str, Ten
 
 
 def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Pinned memory of the host as a tensor of a GPU; zeros."""
+    """Pinned memory of the host as a tensor of a GPU; zeros. On a CPU, any memory."""
     tensor: Tensor = torch.ops.retro.host_tensor(
         torch.empty(0, dtype=dtype, device=device), list(shape)
     )

@@ -12,7 +12,7 @@
 namespace retro {
 namespace {
 
-constexpr const char* kFormat = "2";
+constexpr const char* kFormat = "3";
 
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -44,6 +44,13 @@ Description parse(std::istream& words) {
     description.shape.push_back(std::stoll(size));
   }
   return description;
+}
+
+// Zeros in memory of the host that the device of `like` sees as its own.
+at::Tensor host_tensor(const at::Tensor& like, const std::vector<int64_t>& shape) {
+  torch::jit::Stack stack{like, shape};
+  c10::Dispatcher::singleton().findSchemaOrThrow("retro::host_tensor", "").callBoxed(&stack);
+  return stack.front().toTensor();
 }
 
 }  // namespace
@@ -103,10 +110,13 @@ Package::Package(const std::string& path, const std::string& device, bool graph)
   }
 
   std::istringstream lines(metadata_["retro.state"]);
-  for (std::string name; lines >> name;) {
+  for (std::string name, place; lines >> name;) {
     const Description description = parse(lines);
+    const at::TensorOptions options = at::TensorOptions(device_).dtype(description.dtype);
+    lines >> place;
     state_.push_back(
-        at::zeros(description.shape, at::TensorOptions(device_).dtype(description.dtype)));
+        place == "host" ? host_tensor(at::empty({0}, options), description.shape)
+                        : at::zeros(description.shape, options));
     if (name == "starts") starts_ = state_.back();
   }
   if (!starts_.defined()) fail(path, " is damaged: its state has no 'starts'");
@@ -115,8 +125,8 @@ Package::Package(const std::string& path, const std::string& device, bool graph)
   read_weights(path);
   if (own == "cuda" && graph) {
     step_ids_ = at::zeros({batch_size_, 1}, at::TensorOptions(device_).dtype(at::kLong));
+    // What its steps leave in the state the first prompt forgets.
     graph_ = std::make_unique<Graph>([this] { step_logits_ = run(*decode_, step_ids_); });
-    forget();  // what the steps of the recording left
   }
 }
 
@@ -145,20 +155,16 @@ void Package::read_weights(const std::string& path) {
   }
 }
 
-void Package::forget() {
-  for (at::Tensor& tensor : state_) tensor.zero_();
-}
-
 at::Tensor Package::prefill(const at::Tensor& ids, const at::Tensor& starts) {
-  if (ids.size(1) > 1) {
-    starts_.copy_(starts);
-    return run(*prefill_, ids);
-  }
-  forget();  // one token: the step of an empty state
-  return decode(ids);
+  has_prompt_ = true;
+  // The program takes two tokens or more: padding goes before a single one.
+  const bool single = ids.size(1) == 1;
+  starts_.copy_(single ? starts + 1 : starts);
+  return run(*prefill_, single ? at::constant_pad_nd(ids, {1, 0}) : ids);
 }
 
 at::Tensor Package::decode(const at::Tensor& ids) {
+  if (!has_prompt_) fail("a step needs a prompt before it");
   if (!graph_) return run(*decode_, ids);
   step_ids_.copy_(ids);
   graph_->replay();

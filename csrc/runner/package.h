@@ -37,7 +37,8 @@ class Package {
   // Forgets what the rows held and reads a prompt, [B, T] int64 with 1 <= T <= context; returns logits [B, V].
   // `starts`, [B] int64 in 0..T-1, says how many tokens at the beginning of each row are padding.
   at::Tensor prefill(const at::Tensor& ids, const at::Tensor& starts);
-  // Takes one more token of each row, [B, 1] int64; returns logits [B, V], which the next step overwrites.
+  // Takes one more token of each row, [B, 1] int64; returns logits [B, V], which the next step overwrites. Throws
+  // std::runtime_error where there was no prompt.
   at::Tensor decode(const at::Tensor& ids);
 
  private:
@@ -45,7 +46,6 @@ class Package {
 
   at::Tensor run(Loader& program, const at::Tensor& ids);
   void read_weights(const std::string& path);
-  void forget();
 
   std::unordered_map<std::string, std::string> metadata_;
   int64_t context_, batch_size_, vocabulary_;
@@ -53,6 +53,7 @@ class Package {
   std::vector<int64_t> eos_;
   std::vector<at::Tensor> state_;    // in the order in which the programs take them
   at::Tensor starts_;                // one of them
+  bool has_prompt_ = false;          // before, the state is that of no conversation
   std::vector<at::Tensor> weights_;  // which the programs only point to
   std::unique_ptr<Loader> decode_, prefill_;
   at::Tensor step_ids_, step_logits_;  // what the graph reads and writes

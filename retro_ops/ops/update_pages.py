@@ -141,7 +141,7 @@ def _(history: Tensor) -> list[int]:
 
 @torch.library.register_fake("retro::host_tensor")
 def _(like: Tensor, size: list[int]) -> Tensor:
-    return like.new_empty(size)
+    return like.new_zeros(size)
 
 
 @torch.library.register_fake("retro::host_bytes")
