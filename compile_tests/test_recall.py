@@ -113,18 +113,39 @@ def test_training_goes_back_when_it_falls() -> None:
     assert "best" in [progress.add(1.0) for _ in range(2 * count)]
 
 
+def test_training_counts_a_length_as_learned_when_most_answers_are_right() -> None:
+    progress = train.Progress()
+    for _ in range(train.AVERAGED_STEPS - 1):
+        progress.add(1.0)
+        assert not progress.learned  # so few steps may be luck
+    progress.add(1.0)
+    assert progress.learned
+    while progress.right > train.LEARNED:
+        progress.add(0.5)
+    assert not progress.learned
+
+
 def test_training_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
     monkeypatch.setattr(train, "AVERAGED_STEPS", 2)
+    monkeypatch.setattr(train, "LEARNED", -1.0)  # any share of right answers will do
     monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
-    # Every third step falls below any best.
+    # The third and the sixth step fall below any best.
     said = itertools.cycle(["best", "", "fallen"])
-    monkeypatch.setattr(train.Progress, "add", lambda self, right: next(said))
+
+    def add(progress: train.Progress, right: float) -> str:
+        progress.steps += 1
+        return next(said)
+
+    monkeypatch.setattr(train.Progress, "add", add)
     start = train.make_model().state_dict()
-    model = train.train(torch.device("cpu"), ((64, 4), (128, 4)))
+    model = train.train(torch.device("cpu"), (64, 128), 8)
     out = capsys.readouterr().out
-    assert "128 tokens" in out
-    assert out.count("back to its best") == 2
+    assert "step 2, 64 tokens: learned" in out
+    assert out.count("learned") == 1  # the last length goes on
+    assert [line for line in out.splitlines() if "back to its best" in line] == [
+        f"{step:6} s, step {step}, 128 tokens: fallen to 0.0%, back to its best" for step in (3, 6)
+    ]
     assert not model.training
     for name, parameter in model.state_dict().items():
         assert parameter.shape == start[name].shape

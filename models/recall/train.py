@@ -3,9 +3,11 @@
     python -m retro_ops.models.recall.train OUT          # recalls up to 32K tokens
     python -m retro_ops.models.recall.train OUT --long   # up to 128K
 
-Sequences grow from 256 tokens on. Three quarters of each are a body with records, of a density that
-differs from row to row; the rest are questions about it, and only their answers are learned. A
-model that falls apart, which one of this kind does now and then, goes on from before.
+Sequences grow from 64 tokens on, each time a length has been learned: among six records a model
+soon finds out that keys are to be looked for, among thousands never. Three quarters of a sequence
+are a body with records, of a density that differs from row to row; the rest are questions about it,
+and only their answers are learned. A model that falls apart, which one of this kind does now and
+then, goes on from before.
 """
 
 from __future__ import annotations
@@ -32,9 +34,14 @@ from retro_ops.models.recall.task import (
 )
 
 TOKENS_PER_STEP = 1 << 18
-STAGES = ((256, 90), (1024, 60), (4096, 80), (16384, 120), (32768, 110))
-"""Tokens of a sequence, and seconds of training with it."""
-LONG_STAGES = (*STAGES, (65536, 110), (131072, 270))
+LENGTHS = (64, 256, 1024, 4096, 16384, 32768)
+"""Tokens of a sequence, one after another."""
+SECONDS = 460
+"""Of training; the last length gets what the others leave."""
+LONG_LENGTHS = (*LENGTHS, 65536, 131072)
+LONG_SECONDS = 840
+LEARNED = 0.95
+"""Of answers right: the next length follows."""
 FIRST_RATE, LAST_RATE = 1e-3, 4e-4
 """Of learning, in between by a cosine."""
 WARM_UP_STEPS = 100
@@ -42,7 +49,7 @@ AVERAGED_STEPS = 20
 FALLEN = 0.3
 """Of right answers fewer than at best with a length: the model goes on from its best."""
 SLOWEST = 0.25
-"""Each time it does, the rate of the stage is halved, down to this factor."""
+"""Each time it does, the rate for this length is halved, down to this factor."""
 LOWEST_DENSITY = 0.02
 FEWEST_RECORDS = 12
 """Of a row, however short: among few records a model guesses, and never learns to look for keys."""
@@ -50,8 +57,12 @@ QUESTION_TOKENS = 5
 
 
 def make_model() -> LlamaForCausalLM:
-    """The model of the task: 3 million parameters, random weights."""
-    return LlamaForCausalLM(
+    """The model of the task: 3 million parameters, random weights.
+
+    Layers add nothing at first. Otherwise what they add would drown the embeddings, which are
+    small, and by which keys are told apart.
+    """
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=1024,
             hidden_size=256,
@@ -68,6 +79,10 @@ def make_model() -> LlamaForCausalLM:
             rms_norm_eps=1e-6,
         )
     )
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
 
 
 def distinct_pairs(rows: int, count: int, generator: torch.Generator) -> Tensor:
@@ -137,12 +152,17 @@ def make_batch(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]
 
 @dataclass
 class Progress:
-    """Right answers at the length of a stage, and what to do about them."""
+    """Right answers at one length, and what to do about them."""
 
     right: float = 0.0
     """Share of answers, averaged over about twenty steps."""
     best: float = 0.0
     steps: int = 0
+
+    @property
+    def learned(self) -> bool:
+        """Whether so many are right that the next length may follow."""
+        return self.steps >= AVERAGED_STEPS and self.right > LEARNED
 
     def add(self, right: float) -> str:
         """Counts a step: "fallen", "best" (worth keeping), or ""."""
@@ -159,56 +179,58 @@ class Progress:
 
 
 def train(
-    device: torch.device, stages: tuple[tuple[int, int], ...], seed: int = 0
+    device: torch.device, lengths: tuple[int, ...], seconds: float, seed: int = 0
 ) -> LlamaForCausalLM:
-    """A trained model; prints a line now and then."""
+    """A trained model; prints a line now and then.
+
+    Args:
+        lengths: of sequences, in tokens, each to be learned before the next one.
+        seconds: in all.
+        seed: of weights and sequences.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
     model = make_model().to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=FIRST_RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True
     )
-    total = sum(seconds for _, seconds in stages)
-    begin = time.perf_counter()
-    stage_end, step = 0.0, 0
-    for tokens, seconds in stages:
-        stage_end += seconds
-        next_line, slower, progress = 0.0, 1.0, Progress()
-        kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-        while (now := time.perf_counter() - begin) < stage_end:
-            rate = LAST_RATE + (FIRST_RATE - LAST_RATE) * (1 + math.cos(math.pi * now / total)) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = slower * rate * min((step + 1) / WARM_UP_STEPS, 1)
-            ids, answers = make_batch(tokens, generator)
-            with torch.autocast(device.type, torch.bfloat16):
-                hidden = model.model(ids, use_cache=False).last_hidden_state
-                flat = answers.flatten(1)
-                asked = hidden.gather(1, flat[..., None].expand(*flat.shape, hidden.shape[2]))
-                logits = model.lm_head(asked)
-            truth = ids.gather(1, flat + 1)
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), truth.flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            what = progress.add(float((logits.argmax(dim=2) == truth).float().mean()))
-            if now >= next_line:
-                print(
-                    f"{now:6.0f} s, step {step}, {tokens} tokens, loss {loss:.3f}, "
-                    f"{progress.right:.1%} on average"
-                )
-                next_line = now + 20
-            if what == "best":
-                kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-            elif what == "fallen":
-                slower = max(slower / 2, SLOWEST)
-                model.load_state_dict(kept[0])
-                optimizer.load_state_dict(copy.deepcopy(kept[1]))
-                print(
-                    f"{now:6.0f} s, step {step}, fallen to {progress.right:.1%}: back to its best"
-                )
-                progress = Progress(best=progress.best)
+    begin, next_line, step = time.perf_counter(), 0.0, 0
+    to_come = list(lengths)
+    tokens, slower, progress = to_come.pop(0), 1.0, Progress()
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    while (now := time.perf_counter() - begin) < seconds:
+        rate = LAST_RATE + (FIRST_RATE - LAST_RATE) * (1 + math.cos(math.pi * now / seconds)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = slower * rate * min((step + 1) / WARM_UP_STEPS, 1)
+        ids, answers = make_batch(tokens, generator)
+        with torch.autocast(device.type, torch.bfloat16):
+            hidden = model.model(ids, use_cache=False).last_hidden_state
+            flat = answers.flatten(1)
+            asked = hidden.gather(1, flat[..., None].expand(*flat.shape, hidden.shape[2]))
+            logits = model.lm_head(asked)
+        truth = ids.gather(1, flat + 1)
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), truth.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        what = progress.add(float((logits.argmax(dim=2) == truth).float().mean()))
+        line = f"{now:6.0f} s, step {step}, {tokens} tokens"
+        if now >= next_line:
+            print(f"{line}, loss {loss:.3f}, {progress.right:.1%} on average")
+            next_line = now + 20
+        if what == "best":
+            kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        elif what == "fallen":
+            slower = max(slower / 2, SLOWEST)
+            model.load_state_dict(kept[0])
+            optimizer.load_state_dict(copy.deepcopy(kept[1]))
+            print(f"{line}: fallen to {progress.right:.1%}, back to its best")
+            progress = Progress(best=progress.best)
+        if progress.learned and to_come:
+            print(f"{line}: learned, {progress.right:.1%} right")
+            tokens, slower, progress = to_come.pop(0), 1.0, Progress()
     return model.eval()
 
 
@@ -234,8 +256,8 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("training needs a GPU: it takes minutes there and days on a CPU")
-    stages = LONG_STAGES if options.long else STAGES
-    model = train(torch.device("cuda"), stages, options.seed).to(torch.bfloat16)
+    lengths, seconds = (LONG_LENGTHS, LONG_SECONDS) if options.long else (LENGTHS, SECONDS)
+    model = train(torch.device("cuda"), lengths, seconds, options.seed).to(torch.bfloat16)
     model.save_pretrained(options.out)
     for tokens in (4096, 16384, 32768, *((65536, 131072) if options.long else ())):
         shares = [accuracy(model, tokens, round(density * tokens / 8)) for density in (0.1, 0.5)]
