@@ -39,8 +39,8 @@ from retro_ops.ops._contract import Counter, cluster_count, retrieved_count
 from retro_ops.testing import make_kv, make_query
 
 COLUMNS = (
-    *("shape", "dtype", "context", "attention", "batch", "best", "ms", "tokens_per_s", "ratio"),
-    *("bound_ms", "bound_no_floor_ms", "hit_ratio", "rows_gpu", "rows_host", "prefill_s"),
+    *("shape", "dtype", "context", "attention", "overlap", "batch", "best", "ms", "tokens_per_s"),
+    *("ratio", "bound_ms", "bound_no_floor_ms", "hit_ratio", "rows_gpu", "rows_host", "prefill_s"),
     *("end_to_end_tokens_per_s", "compile_s", "kernel", "note"),
 )
 """What a table shows of a row; the machine is in its title."""
@@ -50,7 +50,9 @@ ATTENTIONS = ("dense", "retro", "retro offloaded")
 DENSE = "throughput_dense"
 MADE = "throughput_made_queries"
 SPARE_TOKENS = 256
-"""Of room behind the filled part of a cache: more than are decoded here."""
+"""Of room behind the filled part of a cache, at least: more than are decoded here."""
+FIRST_STEPS = 3
+"""Until a step is a CUDA graph."""
 WARM_UP = 96
 """Steps before those that are timed: page caches are full, and queries are known."""
 FILL = "synthetic KV"
@@ -76,7 +78,7 @@ def run(
     dtype: torch.dtype,
     kind: str,
     config: RetroConfig,
-    overlap: float | None,
+    overlaps: Sequence[float] | None,
     steps: int,
     answer: int,
     layers: int | None = None,
@@ -95,9 +97,10 @@ def run(
         dtype: of weights and KV.
         kind: of keys, as in `make_kv`. Rows hold the same tokens in another order.
         config: budgets and sizes.
-        overlap: how probably each KV head looks for the same as at the step before, as `_Queries`
-            has it; None: queries are those of the model, which with random weights find nothing in
-            made keys, and have little in common from step to step.
+        overlaps: how probably each KV head looks for the same as at the step before, as `_Queries`
+            has it, one after another on what was filled once; None: queries are those of the model,
+            which with random weights find nothing in made keys, and have little in common from step
+            to step.
         steps: timed.
         answer: tokens of an answer, for throughput from the prompt to its end.
         layers: of the model, if not all.
@@ -105,11 +108,13 @@ def run(
 
     Raises:
         ImportError: a plot is asked for and matplotlib is missing; nothing is measured then.
-        ValueError: more steps than there is room for.
+        ValueError: more steps than an index takes before it grows.
         AssertionError: retro or dense attention is wrong; nothing is timed then.
     """
-    if steps + WARM_UP + 3 > SPARE_TOKENS:
-        raise ValueError(f"steps must be at most {SPARE_TOKENS - WARM_UP - 3}, got {steps}")
+    phases = len(overlaps) if overlaps else 1
+    if spare_tokens(steps, phases) > config.update_segment:
+        most = (config.update_segment - FIRST_STEPS) // phases - WARM_UP
+        raise ValueError(f"steps must be at most {most} for each overlap, got {steps}")
     if plot is not None:
         import_pyplot()
     check(device, dtype)
@@ -124,7 +129,7 @@ def run(
             layer.self_attn.layer_idx = 0  # of its own cache
         for tokens in contexts:
             progress(f"{shape}, {tokens:,} tokens: made keys", 0, 1)
-            study = _Study(model, tokens, kind, config, overlap, steps)
+            study = _Study(model, tokens, kind, config, overlaps, steps)
             rows: list[dict[str, Any]] = []
             for attention in attentions:
                 reading = study.reads(attention)
@@ -144,7 +149,6 @@ def run(
                     row["ratio"] = row["tokens_per_s"] / max(dense)
             described = {
                 "keys": kind,
-                "overlap": overlap,
                 "answer": answer,
                 **{name: getattr(config, name) for name in CONFIGURED},
             }
@@ -157,6 +161,11 @@ def run(
         clean(device)
     if plot is not None:
         draw(everything, plot)
+
+
+def spare_tokens(steps: int, phases: int) -> int:
+    """Tokens of room behind the filled part of a cache, for so many timed steps in each phase."""
+    return max(SPARE_TOKENS, FIRST_STEPS + phases * (WARM_UP + steps))
 
 
 def register() -> None:
@@ -173,7 +182,7 @@ def _best(
     batch_sizes: Sequence[int] | None,
     progress: Callable[[str, int, int], None],
 ) -> Iterator[dict[str, Any]]:
-    """Figures for one number of rows after another; the fastest has `best`."""
+    """Figures for one number of rows after another; the fastest of an overlap has `best`."""
     limits = study.limits(attention)
     most = min(limits.values())
     candidates = batch_sizes or _candidates(most)
@@ -181,28 +190,33 @@ def _best(
         yield {**limits, "batch": 0, "note": "not even one row fits in memory"}
         return
     figures: list[dict[str, Any]] = []
+    throughput: list[float] = []  # of the first overlap
     for rows in candidates:
-        progress(f"{study.tokens:,} tokens, {attention}, batch {rows}", len(figures), 3)
+        progress(f"{study.tokens:,} tokens, {attention}, batch {rows}", len(throughput), 3)
         figure: dict[str, Any] = {"batch": rows, **limits}
         if rows > most:
             yield {**figure, "note": f"does not fit in memory: at most {most} rows"}
             continue
         try:
-            figure |= study.measure(Case(attention, study.tokens, rows))
+            measured = study.measure(Case(attention, study.tokens, rows))
         except NotImplementedError as error:
             yield {**figure, "note": str(error)}
             return
         except (MemoryError, RuntimeError) as error:
-            figure["note"] = memory_note(error)
+            measured = [{"note": memory_note(error)}]
         clean(study.device)
-        figures.append(figure)
-        done = [each for each in figures if "ms" in each]
-        slower = len(done) > 1 and done[-1]["tokens_per_s"] < done[-2]["tokens_per_s"]
-        if batch_sizes is None and slower:
+        figures += [{**figure, **each} for each in measured]
+        throughput += [each["tokens_per_s"] for each in measured[:1] if "ms" in each]
+        if batch_sizes is None and len(throughput) > 1 and throughput[-1] < throughput[-2]:
             break
-    done = [each for each in figures if "ms" in each]
-    if done:
-        max(done, key=lambda each: each["tokens_per_s"])["best"] = "yes"
+    best: dict[Any, dict[str, Any]] = {}
+    for figure in figures:
+        if "ms" in figure:
+            known = best.setdefault(figure.get("overlap"), figure)
+            if figure["tokens_per_s"] > known["tokens_per_s"]:
+                best[figure.get("overlap")] = figure
+    for figure in best.values():
+        figure["best"] = "yes"
     yield from figures
 
 
@@ -214,23 +228,25 @@ def _candidates(most: int) -> list[int]:
 
 class _Queries:
     """What each layer looks for in place of what random weights would: at each step one of
-    `QUERIES` things for every KV head, some of them often, and with probability `overlap` the same
-    as at the step before. Rows look for the same; they hold the same, in another order.
+    `QUERIES` things for every KV head, some of them often, and with a probability, the overlap, the
+    same as at the step before. Rows look for the same; they hold the same, in another order.
 
     Args:
         keys: of a row, `[1, Hkv, T, D]`.
         query_heads, layers: of the model.
-        overlap: a fraction.
+        overlaps: of all steps, one after another.
     """
 
-    def __init__(self, keys: Tensor, query_heads: int, layers: int, overlap: float) -> None:
+    def __init__(
+        self, keys: Tensor, query_heads: int, layers: int, overlaps: Sequence[float]
+    ) -> None:
         heads = keys.shape[1]
         made = [make_query(keys, query_heads, seed=seed) for seed in range(QUERIES)]
         self.made = torch.cat(made).unflatten(1, (heads, -1))  # [Q, Hkv, G, 1, D]
         self.asked = made[0].repeat(layers, 1, 1, 1)  # [L, Hq, 1, D]; a layer knows its own
         generator = torch.Generator().manual_seed(0)
         wanted = [torch.zeros(layers, heads, dtype=torch.int64)]
-        while len(wanted) < SPARE_TOKENS:
+        for overlap in overlaps:
             wanted.append(looked_for_next(wanted[-1], overlap, generator))
         self.wanted = torch.stack(wanted).to(keys.device)  # [steps, L, Hkv]
         self.heads = torch.arange(heads, device=keys.device)
@@ -250,12 +266,16 @@ class _Study:
         tokens: int,
         kind: str,
         config: RetroConfig,
-        overlap: float | None,
+        overlaps: Sequence[float] | None,
         steps: int,
     ) -> None:
         self.model, self.tokens, self.config = model, tokens, config
         self.device, self.dtype = model.device, model.dtype
         self.steps = steps
+        self.overlaps = overlaps or [None]
+        self.dense_spare, self.spare = (
+            spare_tokens(steps, phases) for phases in (1, len(self.overlaps))
+        )
         self.layers = list(model.get_decoder().layers)
         attention = self.layers[0].self_attn
         self.head_dim = attention.head_dim
@@ -266,8 +286,12 @@ class _Study:
             1, self.heads, tokens, self.head_dim, kind=kind, dtype=self.dtype, device=self.device
         )
         self.queries = None  # those of the model
-        if overlap is not None:
-            self.queries = _Queries(self.row[0], self.query_heads, len(self.layers), overlap)
+        if overlaps:
+            first = overlaps[:1] * FIRST_STEPS
+            then = [each for each in overlaps for _ in range(WARM_UP + steps)]
+            self.queries = _Queries(
+                self.row[0], self.query_heads, len(self.layers), [*first, *then]
+            )
             for layer, own in zip(self.layers, self.queries.asked, strict=True):
                 layer.self_attn.asked = own
 
@@ -297,7 +321,7 @@ class _Study:
             free = Memory(free.host, (free.devices[index] + weights,))
         else:
             free = Memory(free.host + weights)
-        capacity = self.tokens + SPARE_TOKENS
+        capacity = self.tokens + (self.dense_spare if attention == "dense" else self.spare)
         token_bytes = 2 * self.heads * self.head_dim * self.dtype.itemsize
         # The made row, and a copy on its way.
         made = 2 * token_bytes * self.tokens
@@ -334,36 +358,46 @@ class _Study:
                 del limits["rows_host"]
         return limits
 
-    def measure(self, case: Case) -> dict[str, Any]:
-        """Figures of decode steps after a made fill."""
+    def measure(self, case: Case) -> list[dict[str, Any]]:
+        """Figures of decode steps after a made fill, for one overlap after another; dense attention
+        does not depend on it."""
         begin = time.perf_counter()
         caches, kernel = self._fill(case)
         synchronize(self.device)
         fill_seconds = time.perf_counter() - begin
+        clean(self.device)
+        figures = []
         with torch.no_grad():
             step, _, compile_seconds = self._step(caches, case.rows)
-            for _ in range(WARM_UP):
-                step()
-            before = _counters(caches)
-            timing = _time(self.device, step, self.steps)
-            counts = _counters(caches) - before
-        figures: dict[str, Any] = {
-            "ms": timing.median_us / 1e3,
-            "ms_20": timing.low_us / 1e3,
-            "ms_80": timing.high_us / 1e3,
-            "tokens_per_s": 1e6 * case.rows / timing.median_us,
-            "compile_s": compile_seconds,
-            "fill_s": fill_seconds,
-            "kernel": kernel,
-            "note": FILL if self.queries else f"{FILL}, own queries",
-        }
-        if case.attention == "dense":
-            return figures
+            for overlap in self.overlaps if case.attention != "dense" else [None]:
+                for _ in range(WARM_UP):
+                    step()
+                before = _counters(caches)
+                timing = _time(self.device, step, self.steps)
+                figures.append(
+                    {
+                        "ms": timing.median_us / 1e3,
+                        "ms_20": timing.low_us / 1e3,
+                        "ms_80": timing.high_us / 1e3,
+                        "tokens_per_s": 1e6 * case.rows / timing.median_us,
+                        "compile_s": compile_seconds,
+                        "fill_s": fill_seconds,
+                        "kernel": kernel,
+                        "note": FILL if self.queries else f"{FILL}, own queries",
+                    }
+                )
+                if case.attention != "dense":
+                    figures[-1]["overlap"] = overlap
+                    figures[-1] |= self._moved(caches, _counters(caches) - before)
+        return figures
+
+    def _moved(self, caches: Sequence[Any], counts: Tensor) -> dict[str, float]:
+        """What retro attention read in steps that counted so much, and the share of hits."""
         rows_steps = max(int(counts[Counter.STEPS]) / len(caches), 1)
         token_bytes = 2 * self.head_dim * self.dtype.itemsize
         retro = [layer for cache in caches for layer in cache.retro_layers]
         hits, misses = (int(counts[one]) for one in (Counter.PAGE_HITS, Counter.PAGE_MISSES))
-        figures |= {
+        figures = {
             "bytes_read_per_token": sum(
                 layer.retro.stats()["bytes_read_per_token"] for layer in retro
             ),
@@ -386,7 +420,7 @@ class _Study:
         rows = figure["batch"]
         if "bytes_read_per_token" not in figure:
             token_bytes = 2 * self.heads * self.head_dim * self.dtype.itemsize
-            kv = rows * len(self.layers) * token_bytes * (self.tokens + SPARE_TOKENS)
+            kv = rows * len(self.layers) * token_bytes * (self.tokens + self.dense_spare)
             return {"bound_ms": (weights + kv) / gb_per_s / 1e6}
         config = self.config
         indexed = self.tokens - config.sink_tokens - config.local_tokens
@@ -410,7 +444,7 @@ class _Study:
         first = torch.zeros(shape, dtype=self.dtype, device=self.device)
         if case.attention == "dense":
             for _ in self.layers:
-                cache: Cache = StaticCache(self.one, max_cache_len=case.tokens + SPARE_TOKENS)
+                cache: Cache = StaticCache(self.one, max_cache_len=case.tokens + self.dense_spare)
                 layer = cache.layers[0]
                 layer.lazy_initialization(first, first)
                 for row, held in enumerate(zip(layer.keys, layer.values, strict=True)):
@@ -423,15 +457,15 @@ class _Study:
             self.model.set_attn_implementation(DENSE)
             return caches, kernel
         self.model.set_attn_implementation(MADE if self.queries else "retro")
-        keys, values = (
-            torch.stack([self._rolled(made[0], row, case.rows) for row in range(case.rows)])
-            for made in self.row
-        )
+        keys, values = (made.repeat(case.rows, 1, 1, 1) for made in self.row)
+        for row in range(1, case.rows):
+            for rows, made in zip((keys, values), self.row, strict=True):
+                rows[row] = self._rolled(made[0], row, case.rows)
         for _ in self.layers:
             cache = RetroCache(
                 self.one,
                 self.config,
-                max_cache_len=case.tokens + SPARE_TOKENS,
+                max_cache_len=case.tokens + self.spare,
                 batch_size=case.rows,
                 offload=case.attention == "retro offloaded",
             )
@@ -569,7 +603,7 @@ def _fastest_dense(layer: Any, query_heads: int) -> str:
 
 
 def _dense_attention(name: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
-    """An attention function without a mask: rows are full but for `SPARE_TOKENS`, whose zeros are
+    """An attention function without a mask: rows are full but for spare tokens, whose zeros are
     read along. transformers' own `sdpa` would copy keys and values for every query head."""
     call = dense_calls(device, dtype)[name]
     if name == "flash3":  # its Python cannot be traced; a CUDA graph takes in what it launches
@@ -594,21 +628,24 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_title(shape, fontsize=9)
         axis.set_xlabel("tokens of a row")
         axis.set_ylabel("decoded tokens per second")
-        for attention in ATTENTIONS:
-            best = [
+        best = [row for row in rows if row["shape"] == shape and "best" in row]
+        lines = dict.fromkeys((row["attention"], row.get("overlap")) for row in best)
+        several = len({overlap for _, overlap in lines} - {None}) > 1
+        for attention, overlap in sorted(lines, key=lambda each: ATTENTIONS.index(each[0])):
+            points = [
                 row
-                for row in rows
-                if row["shape"] == shape and row["attention"] == attention and "best" in row
+                for row in best
+                if (row["attention"], row.get("overlap")) == (attention, overlap)
             ]
-            if not best:
-                continue
-            contexts = [row["context"] for row in best]
-            (line,) = axis.plot(
-                contexts, [row["tokens_per_s"] for row in best], marker="o", label=attention
+            contexts = [row["context"] for row in points]
+            label = attention + (
+                f", overlap {overlap:g}" if several and overlap is not None else ""
             )
-            bounds = [1e3 * row["batch"] / row["bound_ms"] for row in best]
+            throughput = [row["tokens_per_s"] for row in points]
+            (line,) = axis.plot(contexts, throughput, marker="o", label=label)
+            bounds = [1e3 * row["batch"] / row["bound_ms"] for row in points]
             axis.plot(contexts, bounds, linestyle=":", color=line.get_color(), linewidth=1)
-            for row in best:
+            for row in points:
                 axis.annotate(f"{row['batch']}", (row["context"], row["tokens_per_s"]), fontsize=7)
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=7, title="dotted: bytes at copy bandwidth; numbers: rows")

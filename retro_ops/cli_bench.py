@@ -29,7 +29,6 @@ from retro_ops.cli_parts import (
     device_of,
     dtype_names,
     dtype_of,
-    fraction,
     fractions,
     names,
     new_file,
@@ -249,8 +248,8 @@ def _add_bench_throughput(kinds: Any) -> None:
     looked_for = kind.add_mutually_exclusive_group()
     looked_for.add_argument(
         "--overlap",
-        type=fraction,
-        default=0.6,
+        type=fractions,
+        default="0.6",
         help="how probably a KV head looks for the same as at the step before",
     )
     looked_for.add_argument(
@@ -279,7 +278,7 @@ def _bench_throughput(options: argparse.Namespace) -> None:
         dtype=DTYPES[options.dtype],
         kind=options.keys,
         config=budgets(options),
-        overlap=None if options.own_queries else options.overlap,
+        overlaps=None if options.own_queries else options.overlap,
         steps=options.steps,
         answer=options.answer,
         layers=options.layers,
