@@ -272,7 +272,7 @@ class _Study:
         self.model, self.tokens, self.config = model, tokens, config
         self.device, self.dtype = model.device, model.dtype
         self.steps = steps
-        self.overlaps = overlaps or [None]
+        self.overlaps: list[float | None] = [*overlaps] if overlaps else [None]
         self.dense_spare, self.spare = (
             spare_tokens(steps, phases) for phases in (1, len(self.overlaps))
         )
@@ -287,11 +287,10 @@ class _Study:
         )
         self.queries = None  # those of the model
         if overlaps:
-            first = overlaps[:1] * FIRST_STEPS
-            then = [each for each in overlaps for _ in range(WARM_UP + steps)]
-            self.queries = _Queries(
-                self.row[0], self.query_heads, len(self.layers), [*first, *then]
-            )
+            each_step = [overlaps[0]] * FIRST_STEPS
+            for overlap in overlaps:
+                each_step += [overlap] * (WARM_UP + steps)
+            self.queries = _Queries(self.row[0], self.query_heads, len(self.layers), each_step)
             for layer, own in zip(self.layers, self.queries.asked, strict=True):
                 layer.self_attn.asked = own
 

@@ -320,10 +320,10 @@ class FullHost:
     def limits(self, attention: str) -> dict[str, int]:
         return {"rows_host": 2}
 
-    def measure(self, case: throughput.Case) -> dict[str, float]:
+    def measure(self, case: throughput.Case) -> list[dict[str, float]]:
         if case.rows == 2:
             raise MemoryError("RetroLayer: offload=True needs 99 GB of host memory")
-        return {"ms": 1.0, "tokens_per_s": 1000.0}
+        return [{"ms": 1.0, "tokens_per_s": 1000.0}]
 
 
 def test_throughput_notes_what_the_host_lacks() -> None:
