@@ -359,6 +359,34 @@ struct Found<true> {
   int32_t source, within;  // see RetrievedPages; which token of the page
 };
 
+// Slots of the page cache that the rows of the tiles under way go to, -1: none. A tile has 16 rows and a warp
+// 32 lanes: two stages share a register.
+template <int kStages>
+struct Targets {
+  int32_t of[(kStages + 1) / 2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int k = 0; k < (kStages + 1) / 2; ++k) of[k] = -1;
+  }
+  // `own`: of the row lane % 16.
+  __device__ __forceinline__ void set(int stage, int32_t own, int lane) {
+#pragma unroll
+    for (int k = 0; k < (kStages + 1) / 2; ++k) {
+      if (stage == 2 * k + lane / kTileTokens) of[k] = own;
+    }
+  }
+  // In 16 lanes, from stage % 2 * 16 on, the targets of a stage.
+  __device__ __forceinline__ int32_t get(int stage) const {
+    int32_t found = of[0];
+#pragma unroll
+    for (int k = 1; k < (kStages + 1) / 2; ++k) {
+      if (stage / 2 == k) found = of[k];
+    }
+    return found;
+  }
+};
+
 // One warp's walk over the tiles of a piece; the copies of later tiles are under way meanwhile. Every part
 // stands in the code once: at batch 1 most of it runs once or twice, and fetching it takes its time.
 template <typename S, bool kPaged>
@@ -448,13 +476,15 @@ struct Walker {
     return found.at;
   }
 
-  // Writes the rows of a tile that has come to the page cache, each to this lane's `target` at lane % 16.
-  __device__ __forceinline__ void fill(int stage, int32_t target) const {
-    if (!__any_sync(kAllLanes, target >= 0)) return;
+  // Writes the rows of a tile that has come to the page cache.
+  __device__ __forceinline__ void fill(int stage, const Targets<S::kStages>& targets) const {
+    const int first_lane = stage % 2 * kTileTokens;  // of those with this stage's targets
+    const int32_t target = targets.get(stage);
+    if (!__any_sync(kAllLanes, target >= 0 && (lane & kTileTokens) == first_lane)) return;
 #pragma unroll(S::kUnroll)
     for (int k = 0; k < S::kKeyChunks / 32; ++k) {
       const int index = k * 32 + lane, row = index / S::kKeyRow, chunk = index % S::kKeyRow;
-      const int32_t own = __shfl_sync(kAllLanes, target, row);
+      const int32_t own = __shfl_sync(kAllLanes, target, first_lane + row);
       if (own >= 0 && chunk < row_chunks) {
         keys.page_row(own)[chunk] = keys_at(stage)[S::key_place(row, chunk)];
       }
@@ -462,7 +492,7 @@ struct Walker {
 #pragma unroll(S::kUnroll)
     for (int k = 0; k < S::kValueChunks / 32; ++k) {
       const int index = k * 32 + lane, row = index / S::kValueRow, chunk = index % S::kValueRow;
-      const int32_t own = __shfl_sync(kAllLanes, target, row);
+      const int32_t own = __shfl_sync(kAllLanes, target, first_lane + row);
       if (own >= 0 && chunk < row_chunks) {
         values.page_row(own)[chunk] = values_at(stage)[S::value_place(row, chunk)];
       }
@@ -528,18 +558,16 @@ struct Walker {
     int stage = 0, ahead_stage = 0;
     // Found a tile ahead of the copy, which would have to wait for it.
     Found<kPaged> found = find(first * kTileTokens + lane % kTileTokens);
-    int32_t targets[S::kStages];  // of the tiles under way, the oldest one first
-#pragma unroll
-    for (int k = 0; k < S::kStages; ++k) targets[k] = -1;
+    Targets<S::kStages> targets;
+    targets.clear();
 #pragma unroll 1
     for (int32_t ahead = first;; ++ahead) {
       const int32_t tile = ahead - (S::kStages - 1);
       if (tile >= last) break;
-#pragma unroll
-      for (int k = 0; k + 1 < S::kStages; ++k) targets[k] = targets[k + 1];
-      targets[S::kStages - 1] = -1;
       if (ahead < last) {
-        const int32_t at = resolve(found, targets[S::kStages - 1]);
+        int32_t target;
+        const int32_t at = resolve(found, target);
+        if constexpr (kPaged) targets.set(ahead_stage, target, lane);
         copy(ahead_stage, at);
         found = find((ahead + 1) * kTileTokens + lane % kTileTokens);
       }
@@ -548,7 +576,7 @@ struct Walker {
       if (tile < first) continue;
       wait_for_copies<S::kStages - 1>();
       __syncwarp();
-      if constexpr (kPaged) fill(stage, targets[0]);
+      if constexpr (kPaged) fill(stage, targets);
       use(stage, tile);
       __syncwarp();
       if (++stage == S::kStages) stage = 0;
