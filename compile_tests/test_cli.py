@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import BatchEncoding
 
 from retro_ops import RetroConfig
 from retro_ops.cli import main
@@ -154,6 +155,31 @@ def test_a_batch_that_does_not_fit_offloaded(monkeypatch: pytest.MonkeyPatch) ->
     demo.check_batch(model, 3, tokens, config=large, offload=True)
     with pytest.raises(MemoryError, match=r"6 prompts of 8,192 tokens need .* at most 5"):
         demo.check_batch(model, 6, tokens, config=large, offload=True)
+
+
+def test_text_that_does_not_fit_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is refused before any prompt is read, by dense attention either."""
+    model = load_model("recall", dtype=torch.float32, device="cpu")
+    monkeypatch.setattr(demo, "free_memory", lambda: memory.Memory(1 << 30))
+    monkeypatch.setattr(memory, "free_on", lambda device: 1 << 24)
+    begun: list[str] = []
+
+    def tokenizer(texts: list[str], **options: Any) -> BatchEncoding:
+        length = 16 * max(map(len, texts))
+        return BatchEncoding({"input_ids": torch.ones(len(texts), length, dtype=torch.int64)})
+
+    with pytest.raises(MemoryError, match=r"2 rows of max_cache_len 8,200 tokens need .* on host"):
+        demo.text_demo(
+            model,
+            tokenizer,
+            [demo.Prompt("x" * length, "") for length in (1, 3, 512, 4, 600)],
+            batch_size=2,
+            max_new_tokens=8,
+            attentions=["dense", "retro"],
+            offload=True,
+            progress=lambda what, done, total: begun.append(what),
+        )
+    assert begun == []
 
 
 def test_module_and_script_run(tmp_path: Path) -> None:
