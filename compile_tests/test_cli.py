@@ -227,6 +227,7 @@ def test_bad_arguments(
             ["--attention", "dense", "--offload"],
             "--offload is for retro attention, got --attention dense; add retro, or leave",
         ),
+        (["--cache-ratio", "0.1"], "--cache-ratio 0.1 is for --offload: give both, or neither"),
         (["--records", "300"], "records must lie in 1 .. 256"),
         (["--questions", "129"], "questions must lie in 1 .. 128"),
         (["--model", "/no/such/model"], "no model '/no/such/model'"),
