@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import BatchEncoding
 
 from retro_ops import RetroConfig
 from retro_ops.cli import main
@@ -156,6 +157,31 @@ def test_a_batch_that_does_not_fit_offloaded(monkeypatch: pytest.MonkeyPatch) ->
         demo.check_batch(model, 6, tokens, config=large, offload=True)
 
 
+def test_text_that_does_not_fit_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is refused before any prompt is read, by dense attention either."""
+    model = load_model("recall", dtype=torch.float32, device="cpu")
+    monkeypatch.setattr(demo, "free_memory", lambda: memory.Memory(1 << 30))
+    monkeypatch.setattr(memory, "free_on", lambda device: 1 << 24)
+    begun: list[str] = []
+
+    def tokenizer(texts: list[str], **options: Any) -> BatchEncoding:
+        length = 16 * max(map(len, texts))
+        return BatchEncoding({"input_ids": torch.ones(len(texts), length, dtype=torch.int64)})
+
+    with pytest.raises(MemoryError, match=r"2 rows of max_cache_len 8,200 tokens need .* on host"):
+        demo.text_demo(
+            model,
+            tokenizer,
+            [demo.Prompt("x" * length, "") for length in (1, 3, 512, 4, 600)],
+            batch_size=2,
+            max_new_tokens=8,
+            attentions=["dense", "retro"],
+            offload=True,
+            progress=lambda what, done, total: begun.append(what),
+        )
+    assert begun == []
+
+
 def test_module_and_script_run(tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("retro")
     for command in ([sys.executable, "-m", "retro_ops"], [str(script)]):
@@ -201,6 +227,7 @@ def test_bad_arguments(
             ["--attention", "dense", "--offload"],
             "--offload is for retro attention, got --attention dense; add retro, or leave",
         ),
+        (["--cache-ratio", "0.1"], "--cache-ratio 0.1 is for --offload: give both, or neither"),
         (["--records", "300"], "records must lie in 1 .. 256"),
         (["--questions", "129"], "questions must lie in 1 .. 128"),
         (["--model", "/no/such/model"], "no model '/no/such/model'"),

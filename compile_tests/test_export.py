@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -39,7 +41,7 @@ from retro_ops._library import find_library
 from retro_ops.benchmarks import export as bench_export
 from retro_ops.cli import main
 from retro_ops.models import RetroCache, export_model, load_exported, load_model
-from retro_ops.models.export import FORMAT, Program, state_of
+from retro_ops.models.export import FORMAT, ExportedModel, Program, State, state_of
 from retro_ops.ops._contract import Counter, FreeHeader
 from retro_ops.testing import assert_same, example_arguments
 
@@ -524,6 +526,62 @@ def test_offloaded_package_writes_the_same(
         evicted += int(state["1.counters"][:, Counter.EVICTIONS].sum())
         assert int(state["1.counters"][:, Counter.PAGE_MISSES].min()) > 0
     assert evicted > 100
+
+
+def forced(
+    exported: ExportedModel, ids: Tensor, starts: list[int], steps: int, state: State
+) -> Tensor:
+    """Logits `[1 + steps, B, V]` of a padded prompt, and of steps that take tokens 1, 2, ..."""
+    out = [exported.prefill(ids, state, padded(ids, starts)).clone()]
+    for step in range(steps):
+        token = torch.full((len(ids), 1), 1 + step % (VOCABULARY - 1))
+        out.append(exported.decode(token, state).clone())
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(("prompt", "starts"), [(1, [0, 0]), (5, [3, 0]), (150, [140, 20])])
+def test_a_prompt_forgets_all_that_the_state_held(
+    offloaded: tuple[PreTrainedModel, Path], prompt: int, starts: list[int]
+) -> None:
+    """Whatever that is, as steps on a state of zeros, or a conversation that came to infinities."""
+    exported, ids = load_exported(offloaded[1]), make_prompt(2, prompt)
+    generator = torch.Generator().manual_seed(prompt)
+    expected = forced(exported, ids, starts, 40, exported.new_state())
+    assert expected.isfinite().all()
+    state = exported.new_state()
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            tensor.fill_(math.nan)
+        else:
+            high = min(torch.iinfo(tensor.dtype).max, 1 << 30)
+            tensor.copy_(torch.randint(high, tensor.shape, generator=generator))
+    assert torch.equal(forced(exported, ids, starts, 40, state), expected)
+
+
+def test_rows_are_full_without_their_padding(offloaded: tuple[PreTrainedModel, Path]) -> None:
+    """Steps go on until a row holds all the tokens that it can, however much padding there is."""
+    model, exported = offloaded[0], load_exported(offloaded[1])
+    model.set_attn_implementation("retro")
+    ids, starts, steps = make_prompt(2, 180), [150, 170], 170
+    state = exported.new_state()
+    got = forced(exported, ids, starts, steps, state)
+    with pytest.raises(RuntimeError, match="row 0 "):
+        exported.decode(ids[:, :1], state)
+    mask = padded(ids, starts)
+    cache = RetroCache(model.config, PAGED, max_cache_len=200, batch_size=2, offload=True)
+    with torch.no_grad():
+        for step in range(1 + steps):
+            token = ids if step == 0 else torch.full((2, 1), 1 + (step - 1) % (VOCABULARY - 1))
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -token.shape[1] :]
+            out = model(
+                input_ids=token,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            assert_close(got[step], out.logits[:, -1], rtol=1e-4, atol=1e-4)
+            mask = torch.cat((mask, mask.new_ones(2, 1)), dim=1)
 
 
 def test_steps_of_a_state_that_has_not_begun(

@@ -59,8 +59,8 @@ STABLE_TORCH_LIBRARY(retro, m) {
       "int min_retrieved_clusters, float estimation_budget, str estimator, float scale, "
       "int page_size, str policy, bool join) -> Tensor");
 
-  // Memory of the host that the GPU of `like` reads and writes as its own, in like's dtype; of a CPU, memory
-  // like any other. What it holds is not set.
+  // Zeros in memory of the host that the GPU of `like` reads and writes as its own, in like's dtype; of a CPU,
+  // in memory like any other.
   m.def("host_tensor(Tensor like, int[] size) -> Tensor");
   // Bytes of host memory that such tensors on like's device have.
   m.def("host_bytes(Tensor like) -> int");

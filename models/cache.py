@@ -485,7 +485,8 @@ class SlidingCacheLayer(CacheLayerMixin):
         """Keeps the latest tokens of a prompt, `[B, Hkv, T, D]`."""
         for window, new in ((self.keys, keys), (self.values, values)):
             if torch.compiler.is_compiling():  # for one graph of all lengths
-                whole = torch.cat((window, new), dim=2)
+                # Zeros, not what a conversation before has left: masked, but a NaN would pass.
+                whole = torch.cat((torch.zeros_like(window), new), dim=2)
                 window.copy_(whole.narrow(2, new.shape[2], self.past))
                 continue
             latest = new[:, :, max(new.shape[2] - self.past, 0) :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ def check_batch(
     kinds = list(get_layer_types_and_kwargs(text_config)[0])
     head_dim = getattr(text_config, "head_dim", None)
     head_dim = head_dim or text_config.hidden_size // text_config.num_attention_heads
-    heads = text_config.num_key_value_heads
+    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     row = 2 * heads * head_dim * model.dtype.itemsize * tokens
     row *= kinds.count("full_attention")
     memory = free_memory()
@@ -158,7 +159,9 @@ def recall_demo(
             f"a context of {context} tokens and {questions} questions of 5 exceed the {limit} "
             "tokens that the model reads; make the context smaller"
         )
-    check_batch(model, batch_size, context, config=config, offload=offload)
+    check_batch(
+        model, batch_size, context, config=config, offload=offload and "retro" in attentions
+    )
     task = make_task(context, records, questions, batch_size=batch_size, seed=seed)
     results = []
     for attention in attentions:
@@ -289,6 +292,7 @@ def text_demo(
 
     Raises:
         ValueError: a number is out of range, or a prompt is longer than the model reads.
+        MemoryError: as `check_batch`, of the largest batch.
     """
     if batch_size < 1 or max_new_tokens < 2:
         raise ValueError(
@@ -307,6 +311,14 @@ def text_demo(
                 f"{limit} tokens that the model reads; shorten the prompt"
             )
         encoded.append(inputs.to(model.device))
+    rows, tokens = max((each.input_ids.shape for each in encoded), key=math.prod)
+    check_batch(
+        model,
+        rows,
+        tokens + max_new_tokens,
+        config=config,
+        offload=offload and "retro" in attentions,
+    )
     compile_config = CompileConfig(fullgraph=True)
     compile_config._compile_all_devices = True
     results = []

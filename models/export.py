@@ -85,8 +85,8 @@ class Program(nn.Module):
             position.zero_()
         place = torch.arange(tokens, device=ids.device) + position
         # A step has a mask of fixed size, for sliding windows: later tokens are not looked at. A
-        # prompt of one token has padding before it, which a full row holds besides its tokens.
-        known = torch.arange(tokens if tokens > 1 else self._context + 1, device=ids.device)
+        # row comes to hold `context` tokens besides its padding, of which there are fewer.
+        known = torch.arange(tokens if tokens > 1 else 2 * self._context, device=ids.device)
         with _attached(self._cache, state):
             out = self.model(
                 input_ids=ids,

@@ -181,15 +181,22 @@ def add_offload(parser: Any) -> None:
     parser.add_argument(
         "--cache-ratio",
         type=fraction,
-        default=RetroConfig().cache_ratio,
-        help="offloaded: of the KV, what the page cache in fast memory holds",
+        help="offloaded: of the KV, what the page cache in fast memory holds "
+        f"({RetroConfig().cache_ratio})",
     )
 
 
 def budgets(options: argparse.Namespace) -> RetroConfig:
-    """What `add_budgets` and, where a command has it, `add_offload` asked for."""
+    """What `add_budgets` and, where a command has it, `add_offload` asked for.
+
+    Raises:
+        ValueError: a budget is out of range, or there is a page cache and nothing offloaded.
+    """
+    cache_ratio = getattr(options, "cache_ratio", None)
+    if cache_ratio is not None and not options.offload:
+        raise ValueError(f"--cache-ratio {cache_ratio} is for --offload: give both, or neither")
     return RetroConfig(
-        cache_ratio=getattr(options, "cache_ratio", RetroConfig().cache_ratio),
+        cache_ratio=RetroConfig().cache_ratio if cache_ratio is None else cache_ratio,
         retrieval_budget=options.retrieval_budget,
         estimation_budget=options.estimation_budget,
         min_retrieved_clusters=options.min_retrieved_clusters,

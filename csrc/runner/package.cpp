@@ -156,11 +156,13 @@ void Package::read_weights(const std::string& path) {
 }
 
 at::Tensor Package::prefill(const at::Tensor& ids, const at::Tensor& starts) {
-  has_prompt_ = true;
+  has_prompt_ = false;  // one that fails half way is none
   // The program takes two tokens or more: padding goes before a single one.
   const bool single = ids.size(1) == 1;
   starts_.copy_(single ? starts + 1 : starts);
-  return run(*prefill_, single ? at::constant_pad_nd(ids, {1, 0}) : ids);
+  const at::Tensor logits = run(*prefill_, single ? at::constant_pad_nd(ids, {1, 0}) : ids);
+  has_prompt_ = true;
+  return logits;
 }
 
 at::Tensor Package::decode(const at::Tensor& ids) {
