@@ -1143,10 +1143,10 @@ def test_gpu_offloaded_package(tmp_path: Path) -> None:
     before = torch.cuda.memory_allocated()
     exported.decode(ids[:, :1], state)
     torch.cuda.synchronize()
-    (store, *_) = (state[word[0]] for word in lines if word[0].endswith(".store"))
-    assert torch.cuda.max_memory_allocated() - before < store.nbytes / 2
+    smallest = min(state[word[0]].nbytes for word in lines if word[0].endswith(".store"))
+    assert torch.cuda.max_memory_allocated() - before < smallest / 2
 
-    del state, hosts, store, counters, cache
+    del state, hosts, counters, cache
     gc.collect()
     assert torch.ops.retro.host_bytes(like) <= pinned
     ran = run_process(sys.executable, "-c", EXIT, packages["offloaded"], cwd=tmp_path, timeout=300)

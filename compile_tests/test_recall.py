@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -92,6 +93,23 @@ def test_training_keys_are_distinct() -> None:
     assert not torch.equal(pairs[0], pairs[1])
 
 
+@given(count=st.sampled_from([1, 6, 24, 96, 3072]), seed=st.integers(0, 99))
+def test_training_has_rows_with_few_keys(count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    few = many = 0
+    for row in train.key_pairs(32, count, generator).tolist():
+        assert len({tuple(pair) for pair in row}) == count
+        firsts, seconds = zip(*row, strict=True)
+        assert set(firsts) | set(seconds) <= set(KEYS)
+        most = math.ceil(math.sqrt(train.SPARE_KEYS * count))
+        is_few = len(set(firsts)) <= most and len(set(seconds)) <= most
+        few, many = few + is_few, many + (not is_few)
+    if count > 1:
+        assert few > 5
+    if count > 6:  # or chance makes them few
+        assert many > 5
+
+
 def test_training_makes_the_model_of_the_package() -> None:
     ours, packaged = train.make_model(), load_model("recall", device="cpu")
     shapes = {name: parameter.shape for name, parameter in packaged.named_parameters()}
@@ -130,6 +148,7 @@ def test_training_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(train, "AVERAGED_STEPS", 2)
     monkeypatch.setattr(train, "LEARNED", -1.0)  # any share of right answers will do
     monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
+    monkeypatch.setattr(train.torch, "compile", lambda module, dynamic: module)
     # The third and the sixth step fall below any best.
     said = itertools.cycle(["best", "", "fallen"])
 
