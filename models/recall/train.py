@@ -117,9 +117,8 @@ def key_pairs(rows: int, count: int, generator: torch.Generator) -> Tensor:
         some[:, half].gather(1, place) for half, place in enumerate((number // side, number % side))
     ]
     chosen = torch.rand(rows, 1, 1, generator=generator, device=device) < 0.5
-    return KEYS.start + torch.stack(few, dim=2).where(
-        chosen, distinct_pairs(rows, count, generator)
-    )
+    many = distinct_pairs(rows, count, generator)
+    return KEYS.start + torch.stack(few, dim=2).where(chosen, many)
 
 
 def make_batch(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
