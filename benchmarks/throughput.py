@@ -221,9 +221,10 @@ def _best(
 
 
 def _candidates(most: int) -> list[int]:
-    """The most rows, and powers of two below, largest first: more rows are seldom slower."""
-    powers = [1 << bit for bit in range(most.bit_length()) if 1 << bit < most]
-    return [most, *reversed(powers)] if most else []
+    """The most rows, a tenth less, and powers of two below, largest first: more rows are seldom
+    slower, but the most that fit by calculation may not fit by a gigabyte."""
+    fewer = {1 << bit for bit in range(most.bit_length())} | {most - most // 10}
+    return [most, *sorted(fewer - {most}, reverse=True)] if most else []
 
 
 class _Queries:

@@ -148,7 +148,6 @@ def test_training_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(train, "AVERAGED_STEPS", 2)
     monkeypatch.setattr(train, "LEARNED", -1.0)  # any share of right answers will do
     monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
-    monkeypatch.setattr(train.torch, "compile", lambda module, dynamic: module)
     # The third and the sixth step fall below any best.
     said = itertools.cycle(["best", "", "fallen"])
 
@@ -169,6 +168,36 @@ def test_training_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     for name, parameter in model.state_dict().items():
         assert parameter.shape == start[name].shape
         assert parameter.isfinite().all()
+
+
+def test_training_begins_anew_when_nothing_is_learned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
+    monkeypatch.setattr(train, "PATIENCE", 2)
+    monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
+    made = []
+    make_model = train.make_model
+    monkeypatch.setattr(train, "make_model", lambda: made.append(make_model()) or made[-1])
+    model = train.train(torch.device("cpu"), (64, 128), 8)
+    said = [line for line in capsys.readouterr().out.splitlines() if "anew" in line]
+    assert [line[:8] for line in said] == ["     3 s", "     6 s"]
+    assert len(made) == 3
+    assert model is made[-1]
+    first, second = (each.model.layers[0].self_attn.q_proj.weight for each in made[:2])
+    assert not torch.equal(first, second)
+
+
+def test_training_leaves_out_steps_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
+    monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
+    monkeypatch.setattr(
+        train.torch.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("nan"))
+    )
+    model = train.train(torch.device("cpu"), (64,), 3)
+    torch.manual_seed(0)
+    for parameter, start in zip(model.parameters(), train.make_model().parameters(), strict=True):
+        assert torch.equal(parameter, start)
 
 
 def ask(
