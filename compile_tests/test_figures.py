@@ -44,12 +44,28 @@ def test_pictures_are_as_drawn(tmp_path: Path) -> None:
     (pinned,) = re.findall(r"^matplotlib==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)
     if version("matplotlib") != pinned:
         pytest.skip(f"another matplotlib than {pinned} places things elsewhere")
-    names = ("data_flow", "hit_ratio")
+    names = ("data_flow", "hit_ratio", "throughput")
     MAIN(["--only", *names, "--out", str(tmp_path)])
     for name in names:
         file = f"{name}.svg"
         same = (tmp_path / file).read_bytes() == (ROOT / "docs" / file).read_bytes()
         assert same, f"docs/{file} is out of date: run `python docs/figures.py --only {name}`"
+
+
+def test_throughput_is_that_of_the_guide(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The picture's figures and what it shows in words are in the tables beside it."""
+    MAIN(["--only", "throughput", "--out", str(tmp_path)])
+    found = re.findall(r"tokens: (\d+) rows, (\d+) tokens/s, bound (\d+)", capsys.readouterr().out)
+    assert len(found) == 4 * 3
+    page = (ROOT / "docs/throughput.md").read_text("utf-8")
+    (words,) = re.findall(r"!\[([^\]]*)\]\(throughput\.svg\)", page)
+    tables = [line for line in page.splitlines() if line.startswith("|")]
+    for rows, rate, bound in found:
+        assert f"{int(rate):,}" in words
+        assert any(re.search(rf"\b{rows}\b.* {int(rate):,} ", line) for line in tables), rate
+        assert int(rate) < int(bound)
 
 
 def test_refuses_an_unknown_picture(capsys: pytest.CaptureFixture[str]) -> None:
