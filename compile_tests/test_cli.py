@@ -157,6 +157,38 @@ def test_a_batch_that_does_not_fit_offloaded(monkeypatch: pytest.MonkeyPatch) ->
         demo.check_batch(model, 6, tokens, config=large, offload=True)
 
 
+def test_a_batch_that_does_not_fit_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, and the host has room: retro attention alone may do, offloaded."""
+    model = load_model("recall", dtype=torch.float32, device="cpu")
+    rows, tokens = 4, 8192
+    row = tokens * 4 * 2 * 2 * 64 * 4  # layers, keys and values, KV heads, D, float32
+    monkeypatch.setattr(type(model), "device", torch.device("cuda:0"))
+
+    def cache(*args: Any, **options: Any) -> None:
+        raise MemoryError("retro is next")
+
+    monkeypatch.setattr(demo, "RetroCache", cache)
+
+    def check(free: int, *attentions: str, offload: bool = True) -> str:
+        """What is said where so much is free on the GPU."""
+        monkeypatch.setattr(demo, "free_memory", lambda: memory.Memory(1 << 40, (free,)))
+        try:
+            demo.check_batch(model, rows, tokens, attentions=attentions, offload=offload)
+        except MemoryError as error:
+            return str(error)
+        return ""
+
+    assert check(rows * row, "dense", "retro") == "retro is next"
+    assert check(rows * row, "dense") == ""
+    said = check(rows * row - 1, "dense", "retro")
+    assert "4 prompts of 8,192 tokens need 0.12 GiB for dense attention, 0.12 GiB are free" in said
+    assert said.endswith("the batch size at most 3, or leave dense out with --attention retro")
+    assert "make the context shorter, or leave" in check(row - 1, "dense", "retro")
+    assert check(row - 1, "retro") == "retro is next"
+    for said in (check(row, "dense"), check(row, "dense", "retro", offload=False)):
+        assert said.endswith("make the batch size at most 1")
+
+
 def test_text_that_does_not_fit_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Is refused before any prompt is read, by dense attention either."""
     model = load_model("recall", dtype=torch.float32, device="cpu")

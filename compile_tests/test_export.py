@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.testing import assert_close
+from torch.utils.cpp_extension import include_paths
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -957,6 +958,120 @@ def test_export_needs_a_compiler(tmp_path: Path) -> None:
         export_model(model, tmp_path / "x.pt2", context=99)
 
 
+STATE = "0.store float32 2x2x1048576x64 {}\n0.counters int64 2x8 device\nstarts int64 2 device"
+"""1 GiB, 128 bytes and 16 bytes, the first anywhere."""
+
+
+@pytest.mark.parametrize(
+    ("device", "place", "lacks", "others"),
+    [
+        ("cpu", "device", "host", 144),
+        ("cpu", "host", "host", 144),
+        ("cuda:0", "host", "host", 0),
+        ("cuda:0", "device", "cuda:0", 144),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(
+    device: str,
+    place: str,
+    lacks: str,
+    others: int,
+    llama: tuple[PreTrainedModel, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the byte, by what the helpers say is free, and nothing is allocated."""
+    exported = load_exported(llama[1])
+    exported.metadata["retro.state"] = STATE.format(place)
+    exported.device = torch.device(device)
+    free = {"host": 1 << 40, "cuda:0": 1 << 40, lacks: (1 << 30) + others}
+    monkeypatch.setattr(wave_buffer, "free_host_bytes", lambda: free["host"])
+    monkeypatch.setattr(wave_buffer, "free_device_bytes", lambda device: free[str(device)])
+    made: list[Any] = []
+    for module, name in ((wave_buffer, "host_tensor"), (torch, "zeros")):
+        monkeypatch.setattr(module, name, lambda *args, **options: made.append(args))
+    exported.new_state()
+    assert len(made) == 3
+    free[lacks] -= 1
+    with pytest.raises(MemoryError) as error:
+        exported.new_state()
+    assert len(made) == 3
+    said = str(error.value)
+    assert f"a state of the package needs 1.00 GiB on {lacks}, 1.00 GiB are free; export" in said
+    assert said.endswith("--offload") == (lacks == "cuda:0")
+    assert "\n" not in said
+
+
+def test_a_state_counts_against_a_cgroup(
+    llama: tuple[PreTrainedModel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may leave less than the machine has."""
+    for name, text in (
+        ("memory.max", "20000000"),
+        ("memory.current", "19000000"),
+        ("memory.stat", "inactive_file 500000"),
+    ):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(wave_buffer, "CGROUPS", tmp_path)
+    with pytest.raises(MemoryError, match=r"MiB on host, 1\.43 MiB are free"):
+        load_exported(llama[1]).new_state()
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_runner_says_that_a_state_does_not_fit(
+    place: str, offloaded: tuple[PreTrainedModel, Path], runner: Path, tmp_path: Path
+) -> None:
+    """4 PiB of it; which does not depend on what memory there is."""
+    state = load_exported(offloaded[1]).metadata["retro.state"]
+    huge = re.sub(r"(1\.store float32) \S+ \S+", rf"\1 2x1048576x512x1048576 {place}", state)
+    assert huge != state
+    package = with_metadata(offloaded[1], tmp_path / "huge.pt2", state=huge)
+    ran = run_runner(runner, package, "1\n2\n")
+    check_refusal(ran, "GiB on the host for its state, which cannot be had; export it with ")
+    (gibibytes,) = re.findall(r"needs ([\d.]+) GiB on the host", ran.stderr)
+    assert 1 << 22 <= float(gibibytes) < (1 << 22) + 1
+
+
+@pytest.fixture(scope="session")
+def no_kernels(folder: Path) -> Path:
+    """An op library with the schemas and the version, as where another library is missing."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    path = folder / "no_kernels.so"
+    ran = run_process(
+        *(*compiler, "-std=c++20", "-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
+        f'-DRETRO_OPS_VERSION="{retro_ops.__version__}"',
+        *(f"-isystem{folder}" for folder in include_paths("cpu")),
+        *(ROOT / "csrc" / name for name in ("library.cpp", "library_version.cpp")),
+        *("-o", path),
+    )
+    assert ran.returncode == 0, ran.stderr
+    return path
+
+
+def test_runner_needs_kernels(
+    llama: tuple[PreTrainedModel, Path], runner: Path, no_kernels: Path
+) -> None:
+    """Of the package's device: a GPU's lie in a library of their own."""
+    ran = run_runner(runner, llama[1], "1\n2\n", ops=no_kernels)
+    words = "was exported for cpu, and no op library with kernels for it is loaded; add --ops "
+    check_refusal(ran, words + "retro_ops/_C.abi3.so")
+    # With both it runs.
+    check_refusal(run_runner(runner, llama[1], "1\n", ops=library()), "got 1 rows")
+
+
+def test_python_needs_kernels(
+    llama: tuple[PreTrainedModel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A torch that sees a GPU, and ops that were built without CUDA."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key("retro::append_tokens", "CUDA"):
+        pytest.skip("the ops were built with CUDA")
+    package = with_metadata(llama[1], tmp_path / "g.pt2", device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(
+        ValueError, match=r"exported for cuda, and the ops .* have no kernels for it"
+    ):
+        load_exported(package)
+
+
 # Measuring
 
 
@@ -1067,6 +1182,10 @@ def test_gpu_runner_replays_one_graph(dtype: str, offload: bool, tmp_path: Path)
     assert recorded.graph
     assert not plain.graph
     assert torch.equal(recorded.tokens, plain.tokens)
+
+    ran = run_process(program, package, "--ops", library(), input=as_lines(ids))
+    check_refusal(ran, "was exported for cuda, and no op library with kernels for it is loaded")
+    assert ran.stderr.endswith("add --ops retro_ops/_C_cuda.abi3.so\n")
 
 
 EXIT = """

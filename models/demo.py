@@ -38,6 +38,7 @@ def check_batch(
     rows: int,
     tokens: int,
     *,
+    attentions: Sequence[str] = ("dense", "retro"),
     config: RetroConfig | None = None,
     offload: bool = False,
 ) -> None:
@@ -46,12 +47,14 @@ def check_batch(
     Args:
         model: on its device.
         rows, tokens: of the batch.
+        attentions: "dense", "retro" or both.
         config: budgets and sizes of retro; None: the defaults.
         offload: the KV stores of retro are to be in the host's memory.
 
     Raises:
         MemoryError: keys and values alone are more than what all GPUs and the host have free, or
-            host or GPU have no room for what an offloaded cache has there.
+            all GPUs for dense attention on a GPU; or host or GPU have no room for what an offloaded
+            cache has there.
     """
     text_config = model.config.get_text_config(decoder=True)
     kinds = list(get_layer_types_and_kwargs(text_config)[0])
@@ -68,7 +71,17 @@ def check_batch(
             f"{in_gib(rows * row)}, {in_gib(free)} are free; make the batch size at most "
             f"{max(free // row, 1):,}" + ("" if free >= row else ", and the context shorter")
         )
-    if offload:
+    on_gpus = sum(memory.devices)
+    if "dense" in attentions and model.device.type == "cuda" and rows * row > on_gpus:
+        fits = on_gpus // row
+        advice = f"make the batch size at most {fits:,}" if fits else "make the context shorter"
+        if offload and "retro" in attentions:
+            advice += ", or leave dense out with --attention retro"
+        raise MemoryError(
+            f"keys and values of {rows:,} prompts of {tokens:,} tokens need {in_gib(rows * row)} "
+            f"for dense attention, {in_gib(on_gpus)} are free on the GPU; {advice}"
+        )
+    if offload and "retro" in attentions:
         cache = RetroCache(
             model.config, config, max_cache_len=tokens, batch_size=rows, offload=True
         )
@@ -159,9 +172,7 @@ def recall_demo(
             f"a context of {context} tokens and {questions} questions of 5 exceed the {limit} "
             "tokens that the model reads; make the context smaller"
         )
-    check_batch(
-        model, batch_size, context, config=config, offload=offload and "retro" in attentions
-    )
+    check_batch(model, batch_size, context, attentions=attentions, config=config, offload=offload)
     task = make_task(context, records, questions, batch_size=batch_size, seed=seed)
     results = []
     for attention in attentions:
@@ -316,8 +327,9 @@ def text_demo(
         model,
         rows,
         tokens + max_new_tokens,
+        attentions=attentions,
         config=config,
-        offload=offload and "retro" in attentions,
+        offload=offload,
     )
     compile_config = CompileConfig(fullgraph=True)
     compile_config._compile_all_devices = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import warnings
 import zipfile
@@ -28,12 +29,15 @@ from transformers import PreTrainedModel
 from retro_ops import RetroConfig, wave_buffer
 from retro_ops.models.attention import NAME
 from retro_ops.models.cache import RetroCache, RetroCacheLayer
-from retro_ops.models.memory import host_buffers
+from retro_ops.models.memory import HOST as HOST_MEMORY
+from retro_ops.models.memory import free_on, host_buffers, in_gib, place_of
 from retro_ops.models.rope import longest_context
 
 FORMAT = "3"
 """Of the metadata and the weights; the runner in `csrc/runner/` has the same number."""
 PROGRAMS = ("decode", "prefill")
+OP = "append_tokens"
+"""Which every program calls: where it has no kernel for a device, a library is missing."""
 MIN_CONTEXT = 16
 """Tokens; a program for prompts of any length is no program for prompts of one length."""
 DTYPES = {
@@ -406,12 +410,12 @@ class ExportedModel:
         """The state of a conversation that has not begun.
 
         Raises:
-            RuntimeError: there is no room for it.
+            MemoryError: host or device have no room for it; nothing is allocated then.
+            RuntimeError: there seemed to be room, and an allocation failed.
         """
+        self._check_room()
         state = {}
-        for line in self.metadata["retro.state"].splitlines():
-            name, kind, sizes, place = line.split()
-            dtype, shape = _made(f"{kind} {sizes}")
+        for name, dtype, shape, place in self._tensors():
             if place == HOST:
                 state[name] = wave_buffer.host_tensor(tuple(shape), dtype, self.device)
             else:
@@ -422,6 +426,27 @@ class ExportedModel:
                     {name: state[f"{layer}.{name}"] for name in wave_buffer.NAMES}
                 )
         return state
+
+    def _tensors(self) -> Iterator[tuple[str, torch.dtype, list[int], str]]:
+        """Of the state: name, dtype, shape, and `DEVICE` or `HOST`."""
+        for line in self.metadata["retro.state"].splitlines():
+            name, kind, sizes, place = line.split()
+            yield name, *_made(f"{kind} {sizes}"), place
+
+    def _check_room(self) -> None:
+        """Raises MemoryError unless a state can be allocated."""
+        own = place_of(self.device)
+        need = {own: 0, HOST_MEMORY: 0}
+        for _, dtype, shape, place in self._tensors():
+            need[HOST_MEMORY if place == HOST else own] += math.prod(shape) * dtype.itemsize
+        for where, bytes_ in need.items():
+            free = free_on(torch.device("cpu") if where == HOST_MEMORY else self.device)
+            if bytes_ > free:
+                less = "" if where == HOST_MEMORY or self.offload else ", or with --offload"
+                raise MemoryError(
+                    f"a state of the package needs {in_gib(bytes_)} on {where}, {in_gib(free)} are "
+                    f"free; export it with a smaller --context or --batch-size{less}"
+                )
 
     def prefill(self, ids: Tensor, state: State, attention_mask: Tensor | None = None) -> Tensor:
         """Logits `[B, V]` of the token that follows a prompt; whatever the state held is forgotten.
@@ -550,8 +575,8 @@ def load_exported(path: str | Path, device: torch.device | str | None = None) ->
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not such a package, one for another device, or for another version of the op
-            library.
+        ValueError: not such a package, one for another device or for another version of the op
+            library, or there are no kernels for its device.
     """
     path = Path(path)
     if not path.is_file():
@@ -566,6 +591,12 @@ def load_exported(path: str | Path, device: torch.device | str | None = None) ->
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"{path} was exported for cuda, and there is no GPU here; export it with --device cpu"
+        )
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"retro::{OP}", place.type.upper()):
+        raise ValueError(
+            f"{path} was exported for {place.type}, and the ops of retro_ops have no kernels for "
+            "it here; build them where nvcc is, `CUDA_HOME=/usr/local/cuda pip install "
+            "--no-build-isolation -e .`"
         )
     programs = load_pt2(
         str(path),

@@ -145,7 +145,12 @@ def _demo(options: argparse.Namespace) -> None:
                 context = options.context or 16384
                 count = options.questions or options.batch_size
                 demo.check_batch(
-                    model, options.batch_size, context, config=config, offload=options.offload
+                    model,
+                    options.batch_size,
+                    context,
+                    attentions=options.attention,
+                    config=config,
+                    offload=options.offload,
                 )
                 depths = [(i + 0.5) / count for i in range(count)]
                 prompts = demo.hidden_facts(tokenizer, context, depths, seed=options.seed)

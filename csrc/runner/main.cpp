@@ -226,9 +226,6 @@ void run(const Options& options) {
   std::fprintf(stderr, "\n");
 }
 
-// The first line, without the place in a source file that torch puts before and behind it.
-std::string first_line(const std::string& message) { return message.substr(0, message.find('\n')); }
-
 }  // namespace
 
 int main(int count, char** words) {
@@ -238,7 +235,7 @@ int main(int count, char** words) {
     else run(options);
     return 0;
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "retro_runner: %s\n", first_line(error.what()).c_str());
+    std::fprintf(stderr, "retro_runner: %s\n", retro::first_line(error.what()).c_str());
     return 2;
   }
 }

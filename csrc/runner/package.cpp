@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 
 #include <fstream>
+#include <iomanip>
 #include <sstream>
 #include <stdexcept>
 
@@ -46,11 +47,46 @@ Description parse(std::istream& words) {
   return description;
 }
 
+// What a state is made of, and where it lies.
+struct StateTensor {
+  std::string name;
+  Description description;
+  bool on_host;
+};
+
+std::vector<StateTensor> parse_state(const std::string& text) {
+  std::vector<StateTensor> tensors;
+  std::istringstream lines(text);
+  for (std::string name, place; lines >> name;) {
+    Description description = parse(lines);
+    lines >> place;
+    tensors.push_back({name, std::move(description), place == "host"});
+  }
+  return tensors;
+}
+
+double gibibytes(const Description& description) {
+  double bytes = static_cast<double>(c10::elementSize(description.dtype));
+  for (const int64_t size : description.shape) bytes *= static_cast<double>(size);
+  return bytes / (1 << 30);
+}
+
 // Zeros in memory of the host that the device of `like` sees as its own.
 at::Tensor host_tensor(const at::Tensor& like, const std::vector<int64_t>& shape) {
   torch::jit::Stack stack{like, shape};
   c10::Dispatcher::singleton().findSchemaOrThrow("retro::host_tensor", "").callBoxed(&stack);
   return stack.front().toTensor();
+}
+
+// One op stands for all: the two libraries have the kernels of a device each.
+void require_kernels(const std::string& path, const std::string& device) {
+  const bool cuda = device == "cuda";
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("retro::append_tokens", "");
+  if (op.hasKernelForDispatchKey(cuda ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU)) return;
+  fail(
+      path, " was exported for ", device,
+      ", and no op library with kernels for it is loaded; add --ops retro_ops/",
+      cuda ? "_C_cuda" : "_C", ".abi3.so");
 }
 
 }  // namespace
@@ -68,6 +104,8 @@ std::string library_version() {
   op->callBoxed(&stack);
   return stack.front().toStringRef();
 }
+
+std::string first_line(const std::string& message) { return message.substr(0, message.find('\n')); }
 
 Package::Package(const std::string& path, const std::string& device, bool graph) {
   if (!std::ifstream(path)) fail("no package '", path, "'");
@@ -98,6 +136,7 @@ Package::Package(const std::string& path, const std::string& device, bool graph)
   if (own == "cuda" && !at::hasCUDA()) {
     fail(path, " was exported for cuda, and there is no GPU here");
   }
+  require_kernels(path, own);
   context_ = std::stoll(metadata_["retro.context"]);
   batch_size_ = std::stoll(metadata_["retro.batch_size"]);
   vocabulary_ = std::stoll(metadata_["retro.vocabulary"]);
@@ -109,16 +148,7 @@ Package::Package(const std::string& path, const std::string& device, bool graph)
     use_own_stream(device_);
   }
 
-  std::istringstream lines(metadata_["retro.state"]);
-  for (std::string name, place; lines >> name;) {
-    const Description description = parse(lines);
-    const at::TensorOptions options = at::TensorOptions(device_).dtype(description.dtype);
-    lines >> place;
-    state_.push_back(
-        place == "host" ? host_tensor(at::empty({0}, options), description.shape)
-                        : at::zeros(description.shape, options));
-    if (name == "starts") starts_ = state_.back();
-  }
+  make_state(path);
   if (!starts_.defined()) fail(path, " is damaged: its state has no 'starts'");
   decode_ = std::make_unique<Loader>(path, "decode", /*run_single_threaded=*/true);
   prefill_ = std::make_unique<Loader>(path, "prefill", /*run_single_threaded=*/true);
@@ -127,6 +157,31 @@ Package::Package(const std::string& path, const std::string& device, bool graph)
     step_ids_ = at::zeros({batch_size_, 1}, at::TensorOptions(device_).dtype(at::kLong));
     // What its steps leave in the state the first prompt forgets.
     graph_ = std::make_unique<Graph>([this] { step_logits_ = run(*decode_, step_ids_); });
+  }
+}
+
+void Package::make_state(const std::string& path) {
+  const std::vector<StateTensor> tensors = parse_state(metadata_["retro.state"]);
+  try {
+    for (const auto& [name, description, on_host] : tensors) {
+      const at::TensorOptions options = at::TensorOptions(device_).dtype(description.dtype);
+      state_.push_back(
+          on_host ? host_tensor(at::empty({0}, options), description.shape)
+                  : at::zeros(description.shape, options));
+      if (name == "starts") starts_ = state_.back();
+    }
+  } catch (const std::exception& error) {
+    double host = 0, device = 0;
+    for (const auto& [name, description, on_host] : tensors) {
+      (on_host || device_.is_cpu() ? host : device) += gibibytes(description);
+    }
+    std::ostringstream need;
+    need << std::fixed << std::setprecision(2) << host << " GiB on the host";
+    if (!device_.is_cpu()) need << " and " << device << " GiB on the GPU";
+    fail(
+        path, " needs ", need.str(),
+        " for its state, which cannot be had; export it with a smaller --context or --batch-size (",
+        first_line(error.what()), ")");
   }
 }
 

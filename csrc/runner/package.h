@@ -21,11 +21,15 @@ void load_library(const std::string& path);
 // The version of the op library that is loaded; throws std::runtime_error if none is.
 std::string library_version();
 
+// Of an error of torch, which puts places in its sources on lines of their own.
+std::string first_line(const std::string& message);
+
 class Package {
  public:
-  // Throws std::runtime_error where the file is no package, is for another device than `device` (empty: any), or needs
-  // another version of the op library than the one that is loaded. A package for a GPU gives the calling thread, which
-  // has to make all calls, a stream of its own, and records the step as a CUDA graph, unless `graph` is false.
+  // Throws std::runtime_error where the file is no package, is for another device than `device` (empty: any), needs
+  // another version of the op library than the one that is loaded or kernels that no library has, or where there is no
+  // memory for its state. A package for a GPU gives the calling thread, which has to make all calls, a stream of its
+  // own, and records the step as a CUDA graph, unless `graph` is false.
   Package(const std::string& path, const std::string& device, bool graph = true);
 
   int64_t context() const { return context_; }              // tokens that a row can hold
@@ -45,6 +49,7 @@ class Package {
   using Loader = torch::inductor::AOTIModelPackageLoader;
 
   at::Tensor run(Loader& program, const at::Tensor& ids);
+  void make_state(const std::string& path);
   void read_weights(const std::string& path);
 
   std::unordered_map<std::string, std::string> metadata_;
