@@ -26,7 +26,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.export.pt2_archive._package import load_pt2, package_pt2
 from transformers import PreTrainedModel
 
-from retro_ops import RetroConfig, wave_buffer
+from retro_ops import RetroConfig, RetroLayer
 from retro_ops.models.attention import NAME
 from retro_ops.models.cache import RetroCache, RetroCacheLayer
 from retro_ops.models.memory import HOST as HOST_MEMORY
@@ -417,13 +417,17 @@ class ExportedModel:
         state = {}
         for name, dtype, shape, place in self._tensors():
             if place == HOST:
-                state[name] = wave_buffer.host_tensor(tuple(shape), dtype, self.device)
+                state[name] = RetroLayer.host_tensor(tuple(shape), dtype, self.device)
             else:
                 state[name] = torch.zeros(shape, dtype=dtype, device=self.device)
         if self.offload:  # all zeros are an empty index, but no empty page cache
             for layer in {key.partition(".")[0] for key in state if key.endswith(".page_table")}:
-                wave_buffer.clear_buffers(
-                    {name: state[f"{layer}.{name}"] for name in wave_buffer.NAMES}
+                RetroLayer.empty_page_cache(
+                    {
+                        name.removeprefix(f"{layer}."): tensor
+                        for name, tensor in state.items()
+                        if name.startswith(f"{layer}.")
+                    }
                 )
         return state
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -199,6 +200,27 @@ class RetroLayer(nn.Module):
         if device.type == "cuda":
             return wave_buffer.free_device_bytes(device)
         return wave_buffer.free_host_bytes()
+
+    @staticmethod
+    def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zeros as what `host_buffers` names: memory of the host that a GPU sees as its own.
+
+        Args:
+            device: the GPU; of a CPU the memory is like any other.
+
+        Raises:
+            RuntimeError: there is no room.
+        """
+        return wave_buffer.host_tensor(shape, dtype, device)
+
+    @staticmethod
+    def empty_page_cache(buffers: Mapping[str, Tensor]) -> None:
+        """An offloaded layer's page cache comes to hold nothing, which is not all zeros.
+
+        Args:
+            buffers: of such a layer, by name; those of its page cache are changed.
+        """
+        wave_buffer.clear_buffers(buffers)
 
     @property
     def index(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
