@@ -206,7 +206,12 @@ class RetroLayer(nn.Module):
         """Zeros as what `host_buffers` names: memory of the host that a GPU sees as its own.
 
         Args:
+            shape: (N1, N2, ...), sizes, any number of them.
+            dtype: of its elements.
             device: the GPU; of a CPU the memory is like any other.
+
+        Returns:
+            `[N1, N2, ...]` of `dtype`, on `device`.
 
         Raises:
             RuntimeError: there is no room.
