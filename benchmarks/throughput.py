@@ -209,14 +209,10 @@ def _best(
         throughput += [each["tokens_per_s"] for each in measured[:1] if "ms" in each]
         if batch_sizes is None and len(throughput) > 1 and throughput[-1] < throughput[-2]:
             break
-    best: dict[Any, dict[str, Any]] = {}
-    for figure in figures:
-        if "ms" in figure:
-            known = best.setdefault(figure.get("overlap"), figure)
-            if figure["tokens_per_s"] > known["tokens_per_s"]:
-                best[figure.get("overlap")] = figure
-    for figure in best.values():
-        figure["best"] = "yes"
+    timed = [each for each in figures if "ms" in each]
+    for overlap in {each.get("overlap") for each in timed}:
+        same = [each for each in timed if each.get("overlap") == overlap]
+        max(same, key=lambda each: each["tokens_per_s"])["best"] = "yes"
     yield from figures
 
 

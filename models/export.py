@@ -30,7 +30,7 @@ from retro_ops import RetroConfig, RetroLayer
 from retro_ops.models.attention import NAME
 from retro_ops.models.cache import RetroCache, RetroCacheLayer
 from retro_ops.models.memory import HOST as HOST_MEMORY
-from retro_ops.models.memory import free_on, host_buffers, in_gib, place_of
+from retro_ops.models.memory import host_buffers, in_gib, lacking, place_of
 from retro_ops.models.rope import longest_context
 
 FORMAT = "3"
@@ -443,14 +443,12 @@ class ExportedModel:
         need = {own: 0, HOST_MEMORY: 0}
         for _, dtype, shape, place in self._tensors():
             need[HOST_MEMORY if place == HOST else own] += math.prod(shape) * dtype.itemsize
-        for where, bytes_ in need.items():
-            free = free_on(torch.device("cpu") if where == HOST_MEMORY else self.device)
-            if bytes_ > free:
-                less = "" if where == HOST_MEMORY or self.offload else ", or with --offload"
-                raise MemoryError(
-                    f"a state of the package needs {in_gib(bytes_)} on {where}, {in_gib(free)} are "
-                    f"free; export it with a smaller --context or --batch-size{less}"
-                )
+        for where, bytes_, free in lacking(need, self.device):
+            less = "" if where == HOST_MEMORY or self.offload else ", or with --offload"
+            raise MemoryError(
+                f"a state of the package needs {in_gib(bytes_)} on {where}, {in_gib(free)} are "
+                f"free; export it with a smaller --context or --batch-size{less}"
+            )
 
     def prefill(self, ids: Tensor, state: State, attention_mask: Tensor | None = None) -> Tensor:
         """Logits `[B, V]` of the token that follows a prompt; whatever the state held is forgotten.

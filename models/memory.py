@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,24 @@ def host_buffers(layer: Any) -> tuple[str, ...]:
     return RetroLayer.host_buffers if getattr(layer, "offload_store", False) else ()
 
 
+def lacking(
+    need: Mapping[str, int], device: torch.device, *, spread: bool = False
+) -> Iterator[tuple[str, int, int]]:
+    """Memories that have less free than is needed there: their names, bytes needed, bytes free.
+
+    Args:
+        need: bytes by place, "host" or that of `device`.
+        device: of the other place.
+        spread: over all GPUs, if there are several: then it is the sum of them that has to suffice.
+    """
+    for where, bytes_ in need.items():
+        there = free_on(torch.device("cpu") if where == HOST else device)
+        if spread and where != HOST and bytes_ > there and torch.cuda.device_count() > 1:
+            there = sum(free_memory().devices)
+        if bytes_ > there:
+            yield where, bytes_, there
+
+
 def check_cache(
     layers: Sequence[Any], keys: Tensor, values: Tensor, rows: int, max_length: int
 ) -> None:
@@ -118,19 +136,15 @@ def check_cache(
     for layer in layers:
         for name, bytes_ in layer_bytes(layer, keys, values).items():
             need[HOST if name in host_buffers(layer) else place] += bytes_
-    for where, bytes_ in need.items():
-        there = free_on(torch.device("cpu") if where == HOST else keys.device)
-        if where != HOST and bytes_ > there and torch.cuda.device_count() > 1:
-            there = sum(free_memory().devices)
-        if bytes_ > there:
-            fits = rows * there // bytes_
-            advice = f"batch_size at most {fits}" if fits else "a smaller max_cache_len"
-            if where != HOST and not any(host_buffers(layer) for layer in layers):
-                advice += ", or offload=True"
-            raise MemoryError(
-                f"RetroCache: {rows} rows of max_cache_len {max_length:,} tokens need "
-                f"{in_gib(bytes_)} on {where}, {in_gib(there)} are free; make it with {advice}"
-            )
+    for where, bytes_, there in lacking(need, keys.device, spread=True):
+        fits = rows * there // bytes_
+        advice = f"batch_size at most {fits}" if fits else "a smaller max_cache_len"
+        if where != HOST and not any(host_buffers(layer) for layer in layers):
+            advice += ", or offload=True"
+        raise MemoryError(
+            f"RetroCache: {rows} rows of max_cache_len {max_length:,} tokens need "
+            f"{in_gib(bytes_)} on {where}, {in_gib(there)} are free; make it with {advice}"
+        )
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -232,7 +232,6 @@ def train(
             print(f"{now:6.0f} s, {step} steps: {progress.right:.1%} right, begins anew")
             model, optimizer = _new(device)
             began, step, slower, progress = now, 0, 1.0, Progress()
-            kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
         rate = LAST_RATE + (FIRST_RATE - LAST_RATE) * (1 + math.cos(math.pi * now / seconds)) / 2
         for group in optimizer.param_groups:
             group["lr"] = slower * rate * min((step + 1) / WARM_UP_STEPS, 1)
