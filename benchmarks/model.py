@@ -20,6 +20,7 @@ from retro_ops.benchmarks.timing import Timing, clean, memory_note, synchronize,
 from retro_ops.models import RetroCache
 from retro_ops.models.load import layer_devices
 from retro_ops.models.shapes import SHAPES
+from retro_ops.models.support import head_dim_of
 
 COLUMNS = (
     *("shape", "dtype", "context", "batch", "attention", "ms", "ms_20", "ms_80"),
@@ -148,7 +149,7 @@ def _layer_kv(
 ) -> tuple[Tensor, Tensor]:
     config = model.config
     heads = config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     generator = torch.Generator(device).manual_seed(0)
     kwargs: dict[str, Any] = {"dtype": model.dtype, "device": device, "generator": generator}
     shape = (rows, heads, tokens, head_dim)

@@ -28,6 +28,7 @@ from retro_ops.models.memory import check_cache, free_memory, in_gib
 from retro_ops.models.prose import haystack, make_needle
 from retro_ops.models.recall import make_task
 from retro_ops.models.rope import longest_context
+from retro_ops.models.support import head_dim_of
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done, and steps in all."""
@@ -58,8 +59,7 @@ def check_batch(
     """
     text_config = model.config.get_text_config(decoder=True)
     kinds = list(get_layer_types_and_kwargs(text_config)[0])
-    head_dim = getattr(text_config, "head_dim", None)
-    head_dim = head_dim or text_config.hidden_size // text_config.num_attention_heads
+    head_dim = head_dim_of(text_config)
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     row = 2 * heads * head_dim * model.dtype.itemsize * tokens
     row *= kinds.count("full_attention")

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from retro_ops.models.support import head_dim_of
+
 # Kept when others are given: they say what the model was trained with, not how it is stretched.
 KEPT = ("rope_theta", "partial_rotary_factor")
 # Scalings that reach `factor` times as far as the model did without.
@@ -181,9 +183,7 @@ def fix(config: PreTrainedConfig, context: int) -> None:
             own["original_max_position_embeddings"] = NEVER
         elif own["rope_type"] == "dynamic":
             limit, factor = text_config.max_position_embeddings, own.pop("factor")
-            head_dim = getattr(text_config, "head_dim", None)
-            head_dim = head_dim or text_config.hidden_size // text_config.num_attention_heads
-            dim = int(head_dim * own.get("partial_rotary_factor", 1.0))
+            dim = int(head_dim_of(text_config) * own.get("partial_rotary_factor", 1.0))
             stretch = factor * max(context, limit) / limit - (factor - 1)
             own["rope_type"] = "default"
             own["rope_theta"] *= stretch ** (dim / (dim - 2))

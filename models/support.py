@@ -56,6 +56,12 @@ FAMILIES = (
 )
 
 
+def head_dim_of(text_config: PreTrainedConfig) -> int:
+    """Elements of a key of a language model, which not every config names."""
+    head_dim: int | None = getattr(text_config, "head_dim", None)
+    return head_dim or int(text_config.hidden_size // text_config.num_attention_heads)
+
+
 def family_table() -> str:
     """`FAMILIES` as `docs/models.md` has them."""
     rows = ["| family | status | structure, or why not | tested |", "|---|---|---|---|"]
@@ -125,8 +131,7 @@ def check_model(config: PreTrainedConfig) -> list[str]:
             f"RetroCache: {model_class.__name__} does not go through transformers' attention "
             "interface (_supports_attention_backend=False); use a DynamicCache"
         )
-    heads = text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    head_dim = head_dim_of(text_config)
     if head_dim % 16 or not 16 <= head_dim <= 256:
         raise ValueError(
             f"RetroCache: head_dim must be a multiple of 16 from 16 to 256, {name} has {head_dim}; "
