@@ -45,7 +45,7 @@ LENGTHS = (64, 256, 1024, 4096, 16384, 32768)
 SECONDS = 240
 """Of training; the last length gets what the others leave."""
 LONG_LENGTHS = (*LENGTHS, 65536, 131072)
-LONG_SECONDS = 480
+LONG_SECONDS = 360
 LEARNED = 0.95
 """Of answers right: the next length follows."""
 FIRST_RATE, LAST_RATE = 1e-3, 5e-5
@@ -54,7 +54,7 @@ STEADY = 0.6
 """Of the time the rate stays, then it falls in a straight line."""
 WARM_UP_STEPS = 100
 STEPS_BETWEEN = 5
-"""Two looks at losses and answers, which wait for the device."""
+"""With a length, and as many with shorter ones, between looks at loss and answers, which wait."""
 LOWEST_DENSITY = 0.02
 FEWEST_RECORDS = 12
 """Of a row, however short: among few records a model guesses, and never learns to look for keys."""
@@ -319,28 +319,31 @@ def train(
     generator = torch.Generator(device).manual_seed(seed)
     model = make_model().to(device)
     optimizers = make_optimizers(model)
-    to_come = list(lengths)
-    tokens, step = to_come.pop(0), 0
+    number = step = 0
     begin, next_line = time.perf_counter(), 0.0
     while (now := time.perf_counter() - begin) < seconds:
+        tokens, learned_before = lengths[number], lengths[:number]
         figures = []
         for _ in range(STEPS_BETWEEN):
             step += 1
             falling = min((1 - now / seconds) / (1 - STEADY), 1)
             rate = LAST_RATE + (FIRST_RATE - LAST_RATE) * falling
             rate *= min(step / WARM_UP_STEPS, 1)
-            ids, answers = make_batch(tokens, generator)
-            positions = spread_positions(tokens, len(ids), lengths[-1], generator)
-            figures.append(learn(model, optimizers, ids, answers, positions, rate))
+            # With the last length only, a model would forget the others.
+            again = learned_before and (learned_before[step % number],)
+            for length in (*again, tokens):
+                ids, answers = make_batch(length, generator)
+                positions = spread_positions(length, len(ids), lengths[-1], generator)
+                figure = learn(model, optimizers, ids, answers, positions, rate)
+            figures.append(figure)
         loss, right = torch.stack(figures).mean(dim=0).tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss is {loss} after {step} steps: try another seed")
-        learned = right > LEARNED and bool(to_come)
+        learned = right > LEARNED and tokens < lengths[-1]
         if learned or now >= next_line:
             print(f"{now:6.0f} s, step {step}, {tokens} tokens: loss {loss:.4f}, {right:.2%} right")
             next_line = now + 20
-        if learned:
-            tokens = to_come.pop(0)
+        number += learned
     return model.eval()
 
 
