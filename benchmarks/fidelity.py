@@ -16,7 +16,7 @@ from retro_ops.benchmarks.recall_curves import after_one_prompt
 from retro_ops.benchmarks.recordings import Progress, check_length, input_ids
 from retro_ops.models import RetroCache, load_model
 from retro_ops.models.generate import Decoder
-from retro_ops.models.load import RECALL
+from retro_ops.models.load import is_recall
 
 COLUMNS = (
     *("model", "text", "dtype", "context", "positions", "attention", "estimator"),
@@ -74,7 +74,7 @@ def run(
         ).to(device)
         case = {
             "model": model_name,
-            "text": "records" if model_name in RECALL else text,
+            "text": "records" if is_recall(model_name) else text,
             "dtype": str(dtype).removeprefix("torch."),
             "context": context,
             "positions": positions * batch_size,

@@ -21,7 +21,7 @@ from retro_ops.benchmarks.prefill import make_model
 from retro_ops.benchmarks.timing import Timing, synchronize
 from retro_ops.models import RetroCache, load_model, load_tokenizer
 from retro_ops.models.generate import Decoder, make_cache
-from retro_ops.models.load import RECALL
+from retro_ops.models.load import is_recall
 from retro_ops.models.prose import prose
 from retro_ops.models.recall import make_task
 from retro_ops.models.shapes import SHAPES
@@ -169,7 +169,7 @@ def load(
         model: PreTrainedModel = make_model(SHAPES[name](), dtype, device)
     else:
         model = load_model(name, dtype=dtype, device=device)
-    if name in RECALL:
+    if is_recall(name):
         ids = make_task(tokens, tokens // 16, 1, batch_size=rows).body
     elif name in SHAPES:
         vocabulary = model.config.vocab_size

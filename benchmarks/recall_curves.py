@@ -17,6 +17,7 @@ from retro_ops.benchmarks.buffer import import_pyplot
 from retro_ops.benchmarks.recordings import Progress, check_length
 from retro_ops.models import RetroCache, load_model
 from retro_ops.models.generate import Decoder, kv_bytes_per_token
+from retro_ops.models.load import is_recall
 from retro_ops.models.recall import RecallTask, make_task
 from retro_ops.models.recall.task import TOKENS_PER_RECORD
 from retro_ops.ops._contract import retrieved_count
@@ -53,7 +54,7 @@ def run(
     answer, in nats.
 
     Args:
-        model_name: "recall" or "recall-128k".
+        model_name: "recall", "recall-128k", or the directory of a recall model that was trained.
         contexts: tokens.
         densities: records over those that a context has room for, one in 8 tokens.
         budgets: retrieval budgets, fractions; the floor under them is the config's, and `clusters`
@@ -70,8 +71,13 @@ def run(
 
     Raises:
         ImportError: a plot is asked for and matplotlib is missing; nothing is measured then.
-        ValueError: a number is out of range.
+        ValueError: it is no recall model, or a number is out of range.
     """
+    if not is_recall(model_name):
+        raise ValueError(
+            f"bench recall: {model_name!r} is no recall model; take recall, recall-128k or a "
+            "directory that retro_ops.models.recall.train has written"
+        )
     if plot is not None:
         import_pyplot()
     variants = [

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from retro_ops import RetroConfig
 from retro_ops.models import RetroCache, load_model, load_tokenizer
 from retro_ops.models.attention import retro_attention, retro_mask
-from retro_ops.models.load import RECALL
+from retro_ops.models.load import is_recall
 from retro_ops.models.prose import prose
 from retro_ops.models.recall import make_task
 
@@ -97,7 +97,7 @@ def token_ids(tokenizer: Any, name: str, tokens: int, *, seed: int = 0) -> Tenso
 def input_ids(model_name: str, text: str, context: int, following: int, *, seed: int = 0) -> Tensor:
     """What a model reads, `[1, context + following]`: a recall model's records, then questions and
     answers; any other model a text."""
-    if model_name in RECALL:
+    if is_recall(model_name):
         task = make_task(context, max(context // 16, 1), -(-following // 5), seed=seed)
         asked = torch.cat((task.questions, task.answers), dim=2).flatten(1)
         return torch.cat((task.body, asked[:, :following]), dim=1)
@@ -159,7 +159,7 @@ def record(
     with torch.inference_mode():
         model(ids, past_key_values=cache, logits_to_keep=1)
     progress(f"{model_name} read {tokens:,} tokens", 2, 2)
-    source = model_name if model_name in RECALL else f"{model_name}, {Path(text).stem}"
+    source = model_name if is_recall(model_name) else f"{model_name}, {Path(text).stem}"
     return [
         Recording(
             source=source,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel
 
+from retro_ops.cli import main
 from retro_ops.models import RetroCache, load_model
+from retro_ops.models.load import is_recall
 from retro_ops.models.recall import make_task, train
 from retro_ops.models.recall.task import FILLER, KEYS, QUESTION, VALUES
 
@@ -185,8 +188,32 @@ def test_training_makes_the_model_of_the_package() -> None:
     ours, packaged = train.make_model(), load_model("recall", device="cpu")
     shapes = {name: parameter.shape for name, parameter in packaged.named_parameters()}
     assert {name: parameter.shape for name, parameter in ours.named_parameters()} == shapes
-    assert ours.config.rope_parameters == packaged.config.rope_parameters
+    for name, value in ours.config.to_diff_dict().items():
+        if name not in ("transformers_version", "dtype"):
+            assert getattr(packaged.config, name) == value, name
     assert train.accuracy(packaged, 2048, 100) == 1.0
+
+
+def test_a_trained_model_is_asked_about_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "trained")
+    model = train.make_model()
+    model.load_state_dict(load_model("recall", device="cpu", dtype=torch.float32).state_dict())
+    model.save_pretrained(folder)
+    assert is_recall(folder)
+    assert [is_recall(name) for name in ("recall", "recall-128k", "some/model")] == [
+        True,
+        True,
+        False,
+    ]
+    asked = ["--questions", "4", "--attention", "retro"]
+    assert main(["demo", "--model", folder, "--context", "1024", "--records", "64", *asked]) == 0
+    assert "64 records in 1,024 tokens" in capsys.readouterr().out
+    assert main(["bench", "recall", "--model", folder, "--context", "1024", *asked]) == 0
+    capsys.readouterr()
+    assert main(["bench", "recall", "--model", "some/model"]) == 2
+    assert "'some/model' is no recall model; take recall," in capsys.readouterr().err
 
 
 @torch.compiler.set_stance("force_eager")

@@ -255,13 +255,29 @@ def load_tokenizer(name: str | Path) -> Any:
             f"model {str(name)!r} has no tokenizer that loads; "
             + (
                 "recall models read token ids: take another model for text"
-                if str(name) in RECALL
+                if is_recall(name)
                 else "put the files of its tokenizer beside its config.json"
             )
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def is_recall(name: str | Path) -> bool:
+    """Whether a model answers questions about records: its configuration says so
+    (`retro_ops_task`), be it built in or trained by `retro_ops.models.recall.train`.
+
+    Args:
+        name: as in `load_model`; one of the hub is none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_config`.
+    """
+    path = find_model(name)
+    if not Path(path).is_dir():
+        return False
+    return getattr(read_config(name, path), "retro_ops_task", None) == "recall"
 
 
 def find_model(name: str | Path) -> str:

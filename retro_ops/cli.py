@@ -109,7 +109,7 @@ def _add_demo(commands: Any) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from retro_ops.models import demo, load_model, load_tokenizer
-    from retro_ops.models.load import RECALL
+    from retro_ops.models.load import is_recall
 
     config = budgets(options)
     _check_offload(options)
@@ -126,7 +126,7 @@ def _demo(options: argparse.Namespace) -> None:
             "compile_step": options.compile,
             "progress": progress,
         }
-        if options.model in RECALL and prompts is None:
+        if prompts is None and is_recall(options.model):
             context = options.context or 32768
             records = options.records or max(context // 16, 1)
             questions = options.questions or min(64, records)

@@ -431,7 +431,11 @@ def _add_bench_accuracy(kinds: Any) -> None:
         kind.add_argument("--batch", type=number(1), default=1, help="rows, each another text")
         add_dtype(kind)
         add_device(kind)
-    recall.add_argument("--model", choices=("recall", "recall-128k"), default="recall-128k")
+    recall.add_argument(
+        "--model",
+        default="recall-128k",
+        help="recall, recall-128k, or the directory of a recall model that was trained",
+    )
     recall.add_argument("--context", type=numbers, default="4096,8192,16384", help="tokens")
     recall.add_argument(
         "--density", type=fractions, default="0.1,0.5", help="records; 1 is one in 8 tokens"

@@ -74,23 +74,23 @@ def make_model() -> LlamaForCausalLM:
     Layers add nothing at first. Otherwise what they add would drown the embeddings, which are
     small, and by which keys are told apart.
     """
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=1024,
-            hidden_size=256,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            head_dim=HEAD_DIM,
-            max_position_embeddings=262144,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=2,
-            rms_norm_eps=RMS_NORM_EPS,
-        )
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=262144,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        rms_norm_eps=RMS_NORM_EPS,
     )
+    config.retro_ops_task = "recall"  # so that `demo` and `bench` know what to ask
+    model = LlamaForCausalLM(config)
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
