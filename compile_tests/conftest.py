@@ -10,8 +10,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import retro_ops  # noqa: F401  (registers the ops)
+
+# No test depends on luck, or on what else its machine does.
+settings.register_profile(
+    "retro_ops", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("retro_ops")
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

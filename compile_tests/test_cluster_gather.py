@@ -136,7 +136,7 @@ def test_captures() -> None:
     assert_captures(cluster_gather, on_device(first, "cuda"), on_device(second, "cuda"))
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(max_examples=200)
 @given(
     variant=variants(),
     retrieved=st.sampled_from((0, 1, 2, 17, 64)),

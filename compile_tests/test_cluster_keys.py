@@ -309,7 +309,7 @@ def test_captures(dtype: torch.dtype) -> None:
     assert_captures(cluster_keys, on_device(first, "cuda"), on_device(second, "cuda"))
 
 
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(max_examples=150)
 @given(
     variant=variants(),
     tokens=st.sampled_from((0, 1, 2, 7, 16, 33, 70)),
@@ -390,7 +390,7 @@ def test_large_common_mean_is_taken_off(device: str) -> None:
         assert_same(assigned.cpu(), expected, kernels)
 
 
-@settings(deadline=None, derandomize=True, max_examples=10)
+@settings(max_examples=10)
 @given(variant=variants(), tokens=st.sampled_from((1, 40, 100)))
 def test_repeats(device: str, variant: Variant, tokens: int) -> None:
     spans = [(row, tokens) for row in range(variant.rows)]

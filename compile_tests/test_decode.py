@@ -492,7 +492,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(layers(retrieval_budget=1.0), ACTIONS, st.integers(0, 2**16), st.data())
 def test_any_sequence_of_calls_is_dense_attention(
     layer: RetroLayer, actions: list[tuple[str, int]], seed: int, data: st.DataObject
@@ -541,7 +541,7 @@ def test_any_sequence_of_calls_is_dense_attention(
         assert stats["steady_tokens"] + stats["indexed_tokens"] == sum(model.lengths())
 
 
-@settings(derandomize=True, deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(layers(), st.integers(0, 100), st.integers(1, 40), st.integers(0, 2**16), st.data())
 def test_any_padded_row_equals_the_row_alone(
     layer: RetroLayer, prompt: int, steps: int, seed: int, data: st.DataObject

@@ -376,7 +376,7 @@ def test_captures(dtype: torch.dtype, estimator: str) -> None:
     assert_captures(decode_attention, on_device(first, "cuda"), on_device(second, "cuda"))
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(max_examples=200)
 @given(
     variant=variants(),
     held=st.lists(st.sampled_from((0, 1, 15, 64, 65)), min_size=3, max_size=3),
@@ -422,7 +422,7 @@ def test_nothing_to_attend_to(device: str) -> None:
         assert steps.sum() == steps.shape[0], kernels
 
 
-@settings(deadline=None, derandomize=True, max_examples=10)
+@settings(max_examples=10)
 @given(variant=variants(), estimator=st.sampled_from(ESTIMATORS))
 def test_repeats(device: str, variant: Variant, estimator: str) -> None:
     held, live = [600, 17, 1], [600, 17, 1]

@@ -270,7 +270,7 @@ def test_captures(dtype: torch.dtype) -> None:
     assert_captures(grow_index, on_device(first, "cuda"), on_device(second, "cuda"))
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(max_examples=200)
 @given(
     variant=variants(),
     sink_tokens=st.sampled_from((0, 1, 4)),
@@ -349,7 +349,7 @@ def test_other_rows_are_untouched(device: str) -> None:
         assert_same(arguments[name][1], before[name][1], name)
 
 
-@settings(deadline=None, derandomize=True, max_examples=10)
+@settings(max_examples=10)
 @given(variant=variants())
 def test_repeats(device: str, variant: Variant) -> None:
     variant = replace(variant, device=device)

@@ -300,7 +300,7 @@ def test_captures(dtype: torch.dtype) -> None:
     assert_captures(merged_attention, on_device(first, "cuda"), on_device(second, "cuda"))
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(max_examples=300)
 @given(
     variant=variants(),
     held=st.lists(st.sampled_from((0, 1, 15, 64, 65)), min_size=3, max_size=3),
@@ -382,7 +382,7 @@ def test_backward_says_that_there_is_none(device: str) -> None:
                     result.float().sum().backward(retain_graph=True)
 
 
-@settings(deadline=None, derandomize=True, max_examples=10)
+@settings(max_examples=10)
 @given(variant=variants())
 def test_repeats(device: str, variant: Variant) -> None:
     arguments = on_device(make(variant, [600, 17, 1][: variant.rows], 33), device)
@@ -443,7 +443,7 @@ def with_pages(arguments: Arguments, page_size: int, seed: int = 0) -> Arguments
     }
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 @given(
     variant=variants(),
     held=st.lists(st.sampled_from((0, 1, 65)), min_size=3, max_size=3),

@@ -191,7 +191,7 @@ def test_is_the_four_ops(
     assert (counters[:, Counter.CLUSTERS] == torch.tensor(live)).all()
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 @given(
     variant=variants(),
     held=st.lists(st.sampled_from((0, 1, 15, 65)), min_size=3, max_size=3),

@@ -329,7 +329,7 @@ def test_captures(dtype: torch.dtype) -> None:
     assert_captures(pack_clusters, on_device(first, "cuda"), on_device(second, "cuda"))
 
 
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(max_examples=150)
 @given(
     variant=variants(),
     tokens=st.sampled_from((0, 1, 2, 7, 33, 70)),
@@ -407,7 +407,7 @@ def test_values_are_summed_over_what_is_packed(device: str, dtype: torch.dtype) 
         assert_same(actual["totals"][1].cpu(), expected, kernels)
 
 
-@settings(deadline=None, derandomize=True, max_examples=10)
+@settings(max_examples=10)
 @given(variant=variants(), tokens=st.sampled_from((1, 40)))
 def test_repeats(device: str, variant: Variant, tokens: int) -> None:
     variant = replace(variant, device=device)

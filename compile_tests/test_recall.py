@@ -30,7 +30,7 @@ from retro_ops.models.recall.task import FILLER, KEYS, QUESTION, VALUES
     st.integers(0, 99),
     st.data(),
 )
-@settings(deadline=None, derandomize=True, max_examples=50)
+@settings(max_examples=50)
 def test_answers_of_a_task_follow_their_keys(
     sizes: tuple[int, int], batch_size: int, seed: int, data: st.DataObject
 ) -> None:
@@ -120,7 +120,6 @@ def test_training_has_rows_with_few_keys(count: int, seed: int) -> None:
     span=st.integers(1, 1 << 17),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, derandomize=True)
 def test_training_leaves_out_filler_between_records_only(
     tokens: int, rows: int, span: int, seed: int
 ) -> None:

@@ -943,7 +943,8 @@ def run_command(
 
 @offloads
 @settings(
-    deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     commands=st.lists(st.sampled_from(COMMANDS), min_size=3, max_size=14),

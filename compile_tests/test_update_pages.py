@@ -251,7 +251,7 @@ def test_memory_that_is_freed_takes_its_updates_with_it() -> None:
     settle("cuda")
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(max_examples=200)
 @given(
     policy=st.sampled_from(POLICIES),
     ranks=st.sampled_from((0, 1, 2, 17)),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_layer import SMALL, Tokens, make_layer, snapshot
 from test_models import call, generate, make_cache, make_model, make_prompt
@@ -623,9 +623,7 @@ class PlainLru:
             wanted -= count
 
 
-@settings(
-    deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
-)
+@settings(max_examples=40)
 @given(
     page_size=st.sampled_from((1, 2, 3, 5, 8)),
     pages=st.integers(0, 24),

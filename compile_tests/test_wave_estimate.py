@@ -462,7 +462,7 @@ def test_captures(dtype: torch.dtype, estimator: str) -> None:
     assert_captures(wave_estimate, on_device(first, "cuda"), on_device(second, "cuda"))
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(max_examples=300)
 @given(
     variant=variants(),
     live=st.lists(st.sampled_from((0, 1, 2, 15, 16, 17, 70)), min_size=3, max_size=3),
@@ -553,7 +553,7 @@ def test_backward_says_that_there_is_none(device: str) -> None:
                     result.sum().backward(retain_graph=True)
 
 
-@settings(deadline=None, derandomize=True, max_examples=10)
+@settings(max_examples=10)
 @given(variant=variants(), estimator=st.sampled_from(ESTIMATORS))
 def test_repeats(device: str, variant: Variant, estimator: str) -> None:
     live = [600, 17, 1][: variant.rows]

@@ -196,12 +196,15 @@ def spread_positions(tokens: int, rows: int, span: int, generator: torch.Generat
     device = generator.device
     place = torch.arange(tokens, device=device)
     body_tokens = tokens // 4 * 3
-    question = (place - body_tokens) // QUESTION_TOKENS + body_tokens // TOKENS_PER_RECORD
+    records = body_tokens // TOKENS_PER_RECORD
+    questions = -(-(tokens - body_tokens) // QUESTION_TOKENS)  # and what is left behind them
+    question = records + (place - body_tokens) // QUESTION_TOKENS
     piece = (place // TOKENS_PER_RECORD).where(place < body_tokens, question)
     share = torch.rand(rows, 1, generator=generator, device=device)
     left_out = tokens * (max(span / tokens, 1.0) ** share - 1)
-    count = int(piece[-1]) + 1
-    ahead = torch.rand(rows, count, generator=generator, device=device).sort(dim=1).values
+    ahead = (
+        torch.rand(rows, records + questions, generator=generator, device=device).sort(dim=1).values
+    )
     return place + (left_out * ahead).long().gather(1, piece.expand(rows, tokens))
 
 
