@@ -16,7 +16,7 @@ from retro_ops.benchmarks.recall_curves import after_one_prompt
 from retro_ops.benchmarks.recordings import Progress, check_length, input_ids
 from retro_ops.models import RetroCache, load_model
 from retro_ops.models.generate import Decoder
-from retro_ops.models.load import is_recall
+from retro_ops.models.recall import is_recall
 
 COLUMNS = (
     *("model", "text", "dtype", "context", "positions", "attention", "estimator"),

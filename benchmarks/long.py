@@ -21,9 +21,8 @@ from retro_ops.benchmarks.prefill import make_model
 from retro_ops.benchmarks.timing import Timing, synchronize
 from retro_ops.models import RetroCache, load_model, load_tokenizer
 from retro_ops.models.generate import Decoder, make_cache
-from retro_ops.models.load import is_recall
 from retro_ops.models.prose import prose
-from retro_ops.models.recall import make_task
+from retro_ops.models.recall import is_recall, make_task
 from retro_ops.models.shapes import SHAPES
 from retro_ops.testing import dense_attention, make_query, relative_error
 
@@ -169,11 +168,11 @@ def load(
         model: PreTrainedModel = make_model(SHAPES[name](), dtype, device)
     else:
         model = load_model(name, dtype=dtype, device=device)
-    if is_recall(name):
-        ids = make_task(tokens, tokens // 16, 1, batch_size=rows).body
-    elif name in SHAPES:
+    if name in SHAPES:
         vocabulary = model.config.vocab_size
         ids = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    elif is_recall(name):
+        ids = make_task(tokens, tokens // 16, 1, batch_size=rows).body
     else:
         tokenizer = load_tokenizer(name)
         ids = torch.stack([_prose_ids(tokenizer, tokens, seed) for seed in range(rows)])

@@ -17,8 +17,7 @@ from retro_ops.benchmarks.buffer import import_pyplot
 from retro_ops.benchmarks.recordings import Progress, check_length
 from retro_ops.models import RetroCache, load_model
 from retro_ops.models.generate import Decoder, kv_bytes_per_token
-from retro_ops.models.load import is_recall
-from retro_ops.models.recall import RecallTask, make_task
+from retro_ops.models.recall import RecallTask, is_recall, make_task
 from retro_ops.models.recall.task import TOKENS_PER_RECORD
 from retro_ops.ops._contract import retrieved_count
 

@@ -14,9 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from retro_ops import RetroConfig
 from retro_ops.models import RetroCache, load_model, load_tokenizer
 from retro_ops.models.attention import retro_attention, retro_mask
-from retro_ops.models.load import is_recall
 from retro_ops.models.prose import prose
-from retro_ops.models.recall import make_task
+from retro_ops.models.recall import is_recall, make_task
 
 TEXTS = ("prose", "reference")
 """Made prose; the reference of the Python language, which comes with every Python. Any other name

@@ -17,8 +17,7 @@ from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel
 
 from retro_ops.cli import main
 from retro_ops.models import RetroCache, load_model
-from retro_ops.models.load import is_recall
-from retro_ops.models.recall import make_task, train
+from retro_ops.models.recall import is_recall, make_task, train
 from retro_ops.models.recall.task import FILLER, KEYS, QUESTION, VALUES
 
 
@@ -140,6 +139,17 @@ def test_training_leaves_out_filler_between_records_only(
         assert torch.equal(positions, torch.arange(tokens).expand(rows, -1))
 
 
+def test_training_leaves_out_more_or_less() -> None:
+    generator = torch.Generator().manual_seed(0)
+    positions = train.spread_positions(64, 64, 32768, generator)
+    last = positions[:, -1]
+    assert last.unique().numel() > 48
+    assert last.min() < 128
+    assert last.max() > 16384
+    for row in positions[last > 1024]:
+        assert (row.diff() > 1).sum() > 4
+
+
 @torch.compiler.set_stance("force_eager")
 def test_training_computes_what_the_model_computes() -> None:
     torch.manual_seed(0)
@@ -148,11 +158,14 @@ def test_training_computes_what_the_model_computes() -> None:
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.05)
     ids = torch.randint(1024, (3, 96))
-    positions = torch.arange(5, 101)
+    positions = train.spread_positions(96, 3, 4096, torch.Generator().manual_seed(0))
+    by_transformers = model.model(
+        ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False
+    )
     found = []
     for hidden in (
-        model.model(ids, position_ids=positions[None], use_cache=False).last_hidden_state,
-        train.hidden_states(model, ids, positions.expand(3, -1)),
+        by_transformers.last_hidden_state,
+        train.hidden_states(model, ids, positions),
     ):
         gradients = torch.autograd.grad(hidden.square().sum(), list(model.parameters()))
         found.append((hidden, *gradients))
@@ -161,6 +174,7 @@ def test_training_computes_what_the_model_computes() -> None:
 
 
 @torch.compiler.set_stance("force_eager")
+@pytest.mark.usefixtures("one_thread")
 def test_a_step_of_training_changes_all_weights_for_the_better(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -174,8 +188,9 @@ def test_a_step_of_training_changes_all_weights_for_the_better(
     positions = train.spread_positions(64, len(ids), 1024, generator)
     losses = []
     for _ in range(8):
-        loss, right = train.learn(model, optimizers, ids, answers, positions, 1e-3).tolist()
+        loss, right, norm = train.learn(model, optimizers, ids, answers, positions, 1e-3).tolist()
         assert 0 <= right <= 1
+        assert norm > 0
         losses.append(loss)
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.5
@@ -216,31 +231,36 @@ def test_a_trained_model_is_asked_about_records(
 
 
 @torch.compiler.set_stance("force_eager")
+@pytest.mark.usefixtures("one_thread")
 def test_training_goes_from_length_to_length(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
     monkeypatch.setattr(train, "STEPS_BETWEEN", 2)
     monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
-    seen, learn = [], train.learn
+    seen, spans, learn = [], [], train.learn
     right = {64: [0.9, 0.9, 0.94, 0.97], 128: [0.96, 0.96], 256: [0.99] * 12}
 
     def learn_so_much(*arguments: Any) -> Tensor:
-        ids, rate = arguments[2], arguments[-1]
-        seen.append((ids.shape[1], rate))
-        loss, _ = learn(*arguments)
-        shares = right[ids.shape[1]]
-        return torch.stack((loss, torch.tensor(shares.pop(0) if shares else 0.0)))
+        (_, tokens), positions, rate = arguments[2].shape, *arguments[4:]
+        seen.append((tokens, rate))
+        spans.append((tokens, int(positions.max())))
+        loss, _, norm = learn(*arguments)
+        shares = right[tokens]
+        return torch.stack((loss, torch.tensor(shares.pop(0) if shares else 0.0), norm))
 
     monkeypatch.setattr(train, "learn", learn_so_much)
-    model = train.train(torch.device("cpu"), (64, 128, 256), 10)
+    model, reached = train.train(torch.device("cpu"), (64, 128, 256), 10)
     assert not model.training
+    assert reached == 256
     # 95.5 % of the answers of steps 3 and 4 are right; what is learned again does not count.
     assert [line.split(" tokens: ")[0] for line in capsys.readouterr().out.splitlines()] == [
         "     1 s, step 2, 64",
         "     2 s, step 4, 64",
         "     3 s, step 6, 128",
     ]
+    assert all(last < 256 for _, last in spans)
+    assert any(last > 2 * tokens for tokens, last in spans)
     sizes = [size for size, _ in seen]
     assert sizes == [64] * 4 + [64, 128] * 2 + [128, 256, 64, 256] * 6
     # Each of 18 steps in 9 seconds, with one batch or two: warming up, and falling in the end.
@@ -255,11 +275,92 @@ def test_training_goes_from_length_to_length(
 
 
 @torch.compiler.set_stance("force_eager")
-def test_training_says_when_a_loss_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_says_when_a_gradient_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "TOKENS_PER_STEP", 512)
     monkeypatch.setattr(train, "FIRST_RATE", float("inf"))
-    with pytest.raises(FloatingPointError, match="loss is nan after 5 steps: try another seed"):
+    message = "the gradient's norm is nan within 5 steps: try another seed"
+    with pytest.raises(FloatingPointError, match=message):
         train.train(torch.device("cpu"), (64,), 1000)
+
+
+@pytest.fixture
+def a_gpu_that_trains(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What training was asked for; it gives an untrained model that has come to 32,768 tokens."""
+    asked: list[tuple[Any, ...]] = []
+
+    def trained(*arguments: Any) -> tuple[PreTrainedModel, int]:
+        asked.append(arguments[1:])
+        return train.make_model(), 32768
+
+    monkeypatch.setattr(train, "train", trained)
+    monkeypatch.setattr(train, "accuracy", lambda model, tokens, records: records / tokens)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    return asked
+
+
+def test_command_trains(
+    a_gpu_that_trains: list[tuple[Any, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "some" / "my model"
+    assert train.main([str(new), "--seed", "3"]) == 0
+    assert a_gpu_that_trains == [(train.LENGTHS, train.SECONDS, 3)]
+    assert is_recall(new)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "4096 tokens, density 0.1 and 0.5: 0.01 and 0.06"
+    assert out[3] == f"python -m retro_ops demo --model '{new}'"
+
+    assert train.main([str(tmp_path / "long"), "--long", "--seconds", "30"]) == 1
+    assert a_gpu_that_trains[1] == (train.LONG_LENGTHS, 30.0, 0)
+    said = capsys.readouterr()
+    assert "131072 tokens, density" in said.out
+    assert "time ran out at 32768 of 131072 tokens; more --seconds help" in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recall"], "'recall' is the name of a built-in model: take another one"),
+        (["./gemma"], "'gemma' is the name of a built-in model"),
+        (["full"], "'full' is there already: take another name"),
+        (["file"], "'file' is there already"),
+        (["file/new"], "cannot make 'file/new': Not a directory"),
+        (["new", "--seconds", "0"], "--seconds must be more than 0, got 0.0"),
+    ],
+)
+def test_command_refuses(
+    arguments: list[str],
+    message: str,
+    a_gpu_that_trains: list[tuple[Any, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    for file in ("full/config.json", "file"):
+        (tmp_path / file).write_text("")
+    with pytest.raises(SystemExit):
+        train.main(arguments)
+    assert message in capsys.readouterr().err
+    assert not a_gpu_that_trains
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(SystemExit):
+        train.main(["new"])
+    assert "compute capability 8.0 or later" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        train.main(["new"])
+    assert "training needs a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"model_type": "llama"}'])
+def test_other_models_are_not_asked_about_records(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert not is_recall(tmp_path)
+    assert not is_recall("some/model")
 
 
 def ask(

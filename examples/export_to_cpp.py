@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from retro_ops.models import RetroCache, export_model, load_model, load_tokenizer
-from retro_ops.models.recall import make_task
+from retro_ops.models.recall import is_recall, make_task
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +34,7 @@ def token_ids(model: str, prompt: str | None, context: int, new_tokens: int) -> 
     length = context - new_tokens - 3
     if length < 16:
         raise ValueError(f"a context of {context} tokens has no room for a prompt")
-    if model.startswith("recall"):
+    if is_recall(model):
         body, questions, _ = make_task(length, length // 16, 1)
         return torch.cat((body, questions[:, 0]), dim=1)
     return torch.randint(3, 64, (1, length), generator=torch.Generator().manual_seed(0))

@@ -21,14 +21,14 @@ from transformers import PreTrainedModel
 from retro_ops import RetroConfig
 from retro_ops.models import RetroCache, load_model, load_tokenizer
 from retro_ops.models.prose import prose
-from retro_ops.models.recall import make_task
+from retro_ops.models.recall import is_recall, make_task
 
 WINDOW = 16  # steps that a point of a curve is the mean of
 
 
 def token_ids(name: str, context: int, steps: int) -> Tensor:
     """What the model reads, `[1, context + steps]`."""
-    if name.startswith("recall"):
+    if is_recall(name):
         body, questions, answers = make_task(context, max(context // 16, 1), -(-steps // 5))
         following = torch.cat((questions, answers), dim=2).flatten(1)
         return torch.cat((body, following[:, :steps]), dim=1)

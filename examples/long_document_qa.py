@@ -25,7 +25,7 @@ from torch import Tensor
 
 from retro_ops.models import RetroCache, load_model, load_tokenizer
 from retro_ops.models.prose import make_needle, prose
-from retro_ops.models.recall import make_task
+from retro_ops.models.recall import is_recall, make_task
 
 
 class Task(NamedTuple):
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="for saved caches (%(default)s)",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    made = options.model.startswith("recall")
+    made = is_recall(options.model)
     if bool(options.document) != bool(options.question) or (made and options.document):
         parser.error("a document needs --question, --question a document; recall models read none")
     try:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from retro_ops import RetroConfig
 from retro_ops.models import RetroCache, load_model, load_tokenizer
 from retro_ops.models.prose import haystack, make_needle
-from retro_ops.models.recall import make_task
+from retro_ops.models.recall import is_recall, make_task
 
 NEW_TOKENS = 12  # of an answer in text
 
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = RetroConfig(
             retrieval_budget=options.retrieval_budget, min_retrieved_clusters=options.min_clusters
         )
-        recall, depths = options.model.startswith("recall"), options.depths
+        recall, depths = is_recall(options.model), options.depths
         tokenizer = None if recall else load_tokenizer(options.model)
         model = load_model(options.model, context=max(options.lengths) + NEW_TOKENS)
         scores: list[list[float]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -265,19 +266,19 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def is_recall(name: str | Path) -> bool:
-    """Whether a model answers questions about records: its configuration says so
-    (`retro_ops_task`), be it built in or trained by `retro_ops.models.recall.train`.
+    """Whether a model answers questions about records, be it built in or trained.
+
+    Its config.json says so, under `retro_ops_task`. A model of the hub does not, nor does one that
+    cannot be read: `load_model` has to say why.
 
     Args:
-        name: as in `load_model`; one of the hub is none.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_config`.
+        name: as in `load_model`.
     """
-    path = find_model(name)
-    if not Path(path).is_dir():
+    try:
+        config = json.loads((Path(find_model(name)) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
-    return getattr(read_config(name, path), "retro_ops_task", None) == "recall"
+    return isinstance(config, dict) and config.get("retro_ops_task") == "recall"
 
 
 def find_model(name: str | Path) -> str:

@@ -109,7 +109,7 @@ def _add_demo(commands: Any) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from retro_ops.models import demo, load_model, load_tokenizer
-    from retro_ops.models.load import is_recall
+    from retro_ops.models.recall import is_recall
 
     config = budgets(options)
     _check_offload(options)

@@ -14,7 +14,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import shlex
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +33,7 @@ from torch.nn.functional import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from retro_ops.models.load import BUILT_IN
 from retro_ops.models.recall.task import (
     FILLER,
     KEYS,
@@ -43,7 +48,7 @@ TOKENS_PER_STEP = 1 << 18
 LENGTHS = (64, 256, 1024, 4096, 16384, 32768)
 """Tokens of a sequence, one after another."""
 SECONDS = 240
-"""Of training; the last length gets what the others leave."""
+"""Of training on an H100; the last length gets what the others leave."""
 LONG_LENGTHS = (*LENGTHS, 65536, 131072)
 LONG_SECONDS = 360
 LEARNED = 0.95
@@ -54,7 +59,7 @@ STEADY = 0.6
 """Of the time the rate stays, then it falls in a straight line."""
 WARM_UP_STEPS = 100
 STEPS_BETWEEN = 5
-"""With a length, and as many with shorter ones, between looks at loss and answers, which wait."""
+"""Steps between two readings of loss and accuracy, each of which waits for the GPU."""
 LOWEST_DENSITY = 0.02
 FEWEST_RECORDS = 12
 """Of a row, however short: among few records a model guesses, and never learns to look for keys."""
@@ -64,8 +69,8 @@ half of a pair tells which record is meant, and a model learns to look at that h
 QUESTION_TOKENS = 5
 HEAD_DIM = 64
 RMS_NORM_EPS = 1e-6
-BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-"""Of attention, the fastest first (cuDNN, by half)."""
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+"""Of attention, the fastest first (cuDNN, by half). Others would need memory for all scores."""
 
 
 def make_model() -> LlamaForCausalLM:
@@ -184,8 +189,8 @@ def spread_positions(tokens: int, rows: int, span: int, generator: torch.Generat
     """Positions of the tokens of sequences, `[B, T]`, as if filler between records were left out.
 
     Otherwise a model that learns with short sequences finds records by dimensions that turn too
-    fast for long ones. Records and questions stay in one piece. Rows differ in their last position,
-    evenly on a logarithmic scale from T - 1 to `span` - 1.
+    fast for long ones. Records and questions stay in one piece. How much is left out is random for
+    each row, evenly on a logarithmic scale: nothing, or up to `span` tokens with those that stay.
 
     Args:
         tokens: T.
@@ -237,7 +242,8 @@ def hidden_states(model: LlamaForCausalLM, ids: Tensor, positions: Tensor) -> Te
     """What `model.model(ids, position_ids=positions)` returns, `[B, T, C]`, at twice its speed.
 
     All but attention takes the tokens of all rows as one, so that whatever the length there is one
-    shape to compile for. transformers would take a jump of positions for another sequence.
+    shape to compile for. (Without an attention mask transformers takes a jump of positions for the
+    beginning of another sequence.)
     """
     hidden = model.model.embed_tokens(ids.flatten())
     turns = model.model.rotary_emb(hidden, positions.flatten()[None])
@@ -278,7 +284,8 @@ def learn(
     positions: Tensor,
     rate: float,
 ) -> Tensor:
-    """One step. Returns `[2]`: the loss, and the share of the answers' tokens that were right.
+    """One step. Returns `[3]`: the loss, the share of the answers' tokens that were right, and the
+    norm of the gradient.
 
     Args:
         model: that learns.
@@ -295,19 +302,20 @@ def learn(
     truth = ids.gather(1, flat + 1)
     loss = cross_entropy(logits.float().flatten(0, 1), truth.flatten())
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-    return torch.stack((loss.detach(), (logits.argmax(dim=2) == truth).float().mean()))
+    right = (logits.argmax(dim=2) == truth).float().mean()
+    return torch.stack((loss.detach(), right, norm))
 
 
 def train(
     device: torch.device, lengths: tuple[int, ...], seconds: float, seed: int = 0
-) -> LlamaForCausalLM:
-    """A trained model; prints a line now and then.
+) -> tuple[LlamaForCausalLM, int]:
+    """A trained model, and the length that it had come to; prints a line now and then.
 
     Args:
         device: a GPU.
@@ -316,16 +324,16 @@ def train(
         seed: of weights and sequences.
 
     Raises:
-        FloatingPointError: a loss is not finite.
+        FloatingPointError: a gradient is not finite.
     """
     torch.manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
     model = make_model().to(device)
     optimizers = make_optimizers(model)
-    number = step = 0
+    stage = step = 0
     begin, next_line = time.perf_counter(), 0.0
     while (now := time.perf_counter() - begin) < seconds:
-        tokens, learned_before = lengths[number], lengths[:number]
+        tokens = lengths[stage]
         figures = []
         for _ in range(STEPS_BETWEEN):
             step += 1
@@ -333,21 +341,24 @@ def train(
             rate = LAST_RATE + (FIRST_RATE - LAST_RATE) * falling
             rate *= min(step / WARM_UP_STEPS, 1)
             # With the last length only, a model would forget the others.
-            again = learned_before and (learned_before[step % number],)
-            for length in (*again, tokens):
+            rehearsed = [lengths[step % stage]] if stage else []
+            for length in (*rehearsed, tokens):
                 ids, answers = make_batch(length, generator)
                 positions = spread_positions(length, len(ids), lengths[-1], generator)
                 figure = learn(model, optimizers, ids, answers, positions, rate)
             figures.append(figure)
-        loss, right = torch.stack(figures).mean(dim=0).tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss} after {step} steps: try another seed")
+        loss, right, norm = torch.stack(figures).mean(dim=0).tolist()
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient's norm is {norm} within {step} steps: try another seed"
+            )
         learned = right > LEARNED and tokens < lengths[-1]
         if learned or now >= next_line:
             print(f"{now:6.0f} s, step {step}, {tokens} tokens: loss {loss:.4f}, {right:.2%} right")
             next_line = now + 20
-        number += learned
-    return model.eval()
+        if learned:
+            stage += 1
+    return model.eval(), lengths[stage]
 
 
 @torch.inference_mode()
@@ -363,22 +374,79 @@ def accuracy(model: LlamaForCausalLM, tokens: int, records: int) -> float:
     return float(right.all(dim=1).float().mean())
 
 
-def main() -> None:
-    """Trains, measures and saves."""
-    parser = argparse.ArgumentParser(description="Train a recall model.")
-    parser.add_argument("out", type=Path, help="directory to save to")
+def _make_directory(path: Path) -> None:
+    """For the model, before the work and not after it.
+
+    Raises:
+        ValueError: why it cannot be.
+    """
+    if str(path) in BUILT_IN:
+        raise ValueError(f"{str(path)!r} is the name of a built-in model: take another one")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{str(path)!r} is there already: take another name")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make {str(path)!r}: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"{str(path)!r} may not be written to")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains, saves and measures.
+
+    Args:
+        arguments: of the command line; None: this process's.
+
+    Returns:
+        0; 1 if time ran out before the last length, or a gradient is not finite.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m retro_ops.models.recall.train",
+        description="Train a recall model on one GPU (measured: an H100 with 80 GB).",
+    )
+    parser.add_argument("out", type=Path, help="directory to write, a new one")
     parser.add_argument("--long", action="store_true", help="for 128K tokens instead of 32K")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help=f"of training; more for a slower GPU than an H100 ({SECONDS}; --long: {LONG_SECONDS})",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("training needs a GPU: it takes minutes there and days on a CPU")
+    if torch.cuda.get_device_capability() < (8, 0):
+        parser.error("training needs a GPU of compute capability 8.0 or later, for bfloat16")
     lengths, seconds = (LONG_LENGTHS, LONG_SECONDS) if options.long else (LENGTHS, SECONDS)
-    model = train(torch.device("cuda"), lengths, seconds, options.seed).to(torch.bfloat16)
+    if options.seconds is not None:
+        seconds = options.seconds
+    if not seconds > 0:
+        parser.error(f"--seconds must be more than 0, got {seconds}")
+    try:
+        _make_directory(options.out)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        model, reached = train(torch.device("cuda"), lengths, seconds, options.seed)
+    except FloatingPointError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    model = model.to(torch.bfloat16)
     model.save_pretrained(options.out)
     for tokens in (4096, 16384, 32768, *((65536, 131072) if options.long else ())):
         shares = [accuracy(model, tokens, round(density * tokens / 8)) for density in (0.1, 0.5)]
         print(f"{tokens} tokens, density 0.1 and 0.5: {shares[0]:.2f} and {shares[1]:.2f}")
+    if reached < lengths[-1]:
+        print(
+            f"{parser.prog}: time ran out at {reached} of {lengths[-1]} tokens; "
+            "more --seconds help",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"python -m retro_ops demo --model {shlex.quote(str(options.out))}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
