@@ -27,10 +27,9 @@ from retro_ops.benchmarks.decode import (
     make_layer,
     make_rows,
 )
+from retro_ops.benchmarks.recordings import input_ids
 from retro_ops.benchmarks.timing import L2_BYTES, Timing, time_in_turn
-from retro_ops.models import RetroCache, load_model, load_tokenizer
-from retro_ops.models.prose import prose
-from retro_ops.models.recall import make_task
+from retro_ops.models import RetroCache, load_model
 from retro_ops.ops._contract import Counter, RequestHeader, cluster_count, retrieved_count
 from retro_ops.ops.update_pages import POLICIES
 from retro_ops.testing import make_query
@@ -137,18 +136,8 @@ def recorded(
     """What a built-in model retrieves: recall models while they answer questions, others while they
     read on in a text."""
     model = load_model(name, dtype=torch.float32, device="cpu")
-    if name.startswith("recall"):
-        task = make_task(context, max(context // 16, 1), -(-steps // 5))
-        body, asked = task.body, torch.cat((task.questions, task.answers), dim=2).flatten(1)
-        following = asked[:, :steps]
-    else:
-        tokenizer, paragraph = load_tokenizer(name), prose(0)
-        text: list[str] = []
-        ids: list[int] = []
-        while len(ids) < context + steps:
-            text += [paragraph() for _ in range(100)]
-            ids = tokenizer("\n\n".join(text)).input_ids
-        body, following = torch.tensor([ids[: context + steps]]).split((context, steps), dim=1)
+    ids = input_ids(name, "prose", context, steps)
+    body, following = ids.split((context, steps), dim=1)
     cache = RetroCache(model.config, config, max_cache_len=context + steps, offload=True)
     progress(f"{name} reads {context:,} tokens", 0, steps)
     retrieved: list[list[Tensor]] = [[] for _ in cache.retro_layers]

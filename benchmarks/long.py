@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,10 @@ from retro_ops import RetroConfig, RetroLayer
 from retro_ops.benchmarks import machine
 from retro_ops.benchmarks.decode import QUERY_HEADS, check, make_layer, make_rows
 from retro_ops.benchmarks.prefill import make_model
+from retro_ops.benchmarks.recordings import token_ids
 from retro_ops.benchmarks.timing import Timing, synchronize
 from retro_ops.models import RetroCache, load_model, load_tokenizer
 from retro_ops.models.generate import Decoder, make_cache
-from retro_ops.models.prose import prose
 from retro_ops.models.recall import is_recall, make_task
 from retro_ops.models.shapes import SHAPES
 from retro_ops.testing import dense_attention, make_query, relative_error
@@ -175,17 +174,9 @@ def load(
         ids = make_task(tokens, tokens // 16, 1, batch_size=rows).body
     else:
         tokenizer = load_tokenizer(name)
-        ids = torch.stack([_prose_ids(tokenizer, tokens, seed) for seed in range(rows)])
+        texts = [token_ids(tokenizer, "prose", tokens, seed=seed) for seed in range(rows)]
+        ids = torch.cat(texts)
     return model, ids.to(device)
-
-
-def _prose_ids(tokenizer: Any, tokens: int, seed: int) -> Tensor:
-    paragraph = prose(seed)
-    text, ids = "", torch.empty(0)
-    while len(ids) < tokens:
-        text += "\n\n".join(paragraph() for _ in range(1 + tokens // 256)) + "\n\n"
-        ids = tokenizer(text, return_tensors="pt").input_ids[0]
-    return ids[:tokens]
 
 
 def run_model(
