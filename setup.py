@@ -108,13 +108,18 @@ def cuda_headers() -> Path | None:
 class BuildRunner(Command):
     """Compiles `csrc/runner/` for the torch that is installed, which must be there when it runs.
 
-    Where torch and the compiler have CUDA, it records CUDA graphs.
+    With `--main` a file of your own takes the place of its `main.cpp`: another program that runs
+    packages. Where torch and the compiler have CUDA, they record CUDA graphs.
     """
 
     description = "build the program that runs exported models without Python"
-    user_options = [("output=", "o", "the program to write")]  # noqa: RUF012  (setuptools')
+    user_options = [  # noqa: RUF012  (setuptools')
+        ("output=", "o", "the program to write"),
+        ("main=", "m", "the file with its main(), instead of csrc/runner/main.cpp"),
+    ]
 
     def initialize_options(self) -> None:
+        self.main = str(ROOT / "csrc" / "runner" / "main.cpp")
         self.output = str(ROOT / "build" / "retro_runner")
 
     def finalize_options(self) -> None:
@@ -138,7 +143,8 @@ class BuildRunner(Command):
             *shlex.split(os.environ.get("CXX", "c++")),
             *("-O2", "-g0", STANDARD, "-Wall", "-Wextra", "-Werror", *system_headers("cpu")),
             *cuda,
-            *csrc("runner/*.cpp"),
+            *(f"-I{ROOT / 'csrc' / 'runner'}", self.main),
+            *(name for name in csrc("runner/*.cpp") if not name.endswith("/main.cpp")),
             *("-o", self.output),
             *(f"-L{folder}" for folder in folders),
             *(f"-Wl,-rpath,{folder}" for folder in folders),

@@ -337,33 +337,40 @@ def _case(
     torch.compiler.reset()
     _free(device)
     progress(f"a compiled step took {milliseconds:.3f} ms; running eager Python")
-    cache = new_cache()
+
+    def eager(what: str, state: dict[str, Tensor] | None) -> Tensor | None:
+        """None, with a note, where there is no room: what is known by then is not lost."""
+        try:
+            return _eager(model, new_cache(), ids, ran.tokens, state)
+        except (MemoryError, RuntimeError) as no_memory:
+            notes.append(f"{what} {memory_note(no_memory)}")
+            return None
+
     # In float32 it goes on from the same clusters: there is no budget for others.
-    same = prompt_state if dtype == torch.float32 else None
-    of_eager = _eager(model, cache, ids, ran.tokens, same)
-    del cache, prompt_state, same
+    of_eager = eager("eager", prompt_state if dtype == torch.float32 else None)
+    del prompt_state
     of_float32 = None
     if exact and dtype != torch.float32:
         progress("running in float32")
         _free(device)
         try:
             model.float()
-            cache = new_cache()
-            of_float32 = _eager(model, cache, ids, ran.tokens, None)
-        except (MemoryError, RuntimeError) as no_memory:
+        except RuntimeError as no_memory:
             notes.append(f"float32 {memory_note(no_memory)}")
+        else:
+            of_float32 = eager("float32", None)
 
     wrong = []
     package_gap = worst_gap(of_package, ran.tokens)
     if not package_gap <= 6 * torch.finfo(dtype).eps:
         wrong.append(f"the runner wrote a token {package_gap:.2g} from the package's own in Python")
-    if of_float32 is None:
-        error, eager_error = relative(of_package, of_eager), None
-        allowed = UNEXPLAINED if dtype == torch.float32 else float("inf")
-    else:
-        error, eager_error = relative(of_package, of_float32), relative(of_eager, of_float32)
+    exact_logits = of_eager if of_float32 is None else of_float32
+    error = None if exact_logits is None else relative(of_package, exact_logits)
+    eager_error, allowed = None, UNEXPLAINED if dtype == torch.float32 else float("inf")
+    if of_eager is not None and of_float32 is not None:
+        eager_error = relative(of_eager, of_float32)
         allowed = 2 * (eager_error + torch.finfo(dtype).eps)
-    if not error <= allowed:
+    if error is not None and not error <= allowed:
         wrong.append(f"logits differ by {error:.2g}, {allowed:.2g} is allowed")
     gap, difference = worst_gap(of_compiled, ran.tokens), relative(of_package, of_compiled)
     # Six standard deviations of the difference of two logits are no tie any more.
@@ -392,7 +399,7 @@ def _case(
         "compiled_tokens": int((written == ran.tokens).sum()),
         "worst_gap": gap,
         "difference": difference,
-        "error": error,
+        **({} if error is None else {"error": error}),
         **({} if eager_error is None else {"eager_error": eager_error}),
         "export_s": export_seconds,
         "gb": package.stat().st_size / 1e9,
@@ -407,13 +414,15 @@ def _case(
 def _in_python(
     package: Path, ids: Tensor, tokens: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Logits of forced tokens by a package, those of the first, and the state after the prompt."""
+    """Logits of forced tokens by a package, those of the first, and the state after the prompt.
+
+    The state lies on the host.
+    """
     exported = load_exported(package)
     state = exported.new_state()
     first = exported.prefill(ids, state).clone()
-    # A store of the host need not fit in the memory of a GPU.
-    place = torch.device("cpu") if exported.offload else exported.device
-    prompt_state = {key: tensor.to(place, copy=True) for key, tensor in state.items()}
+    # The GPU has the weights and a state of the model in Python beside it later on.
+    prompt_state = {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
     return forced(lambda one: exported.decode(one, state), first, tokens), first, prompt_state
 
 

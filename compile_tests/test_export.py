@@ -26,6 +26,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.pt2_archive._package import AOTICompiledModel
 from torch.testing import assert_close
 from torch.utils.cpp_extension import include_paths
 from transformers import (
@@ -42,6 +43,7 @@ from retro_ops._library import find_library
 from retro_ops.benchmarks import export as bench_export
 from retro_ops.cli import main
 from retro_ops.models import RetroCache, export_model, load_exported, load_model
+from retro_ops.models import export as models_export
 from retro_ops.models.export import FORMAT, ExportedModel, Program, State, state_of
 from retro_ops.ops._contract import Counter, FreeHeader
 from retro_ops.testing import assert_same, example_arguments
@@ -527,6 +529,61 @@ def test_offloaded_package_writes_the_same(
         evicted += int(state["1.counters"][:, Counter.EVICTIONS].sum())
         assert int(state["1.counters"][:, Counter.PAGE_MISSES].min()) > 0
     assert evicted > 100
+
+
+def test_a_package_in_python_frees_its_weights(
+    llama: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it goes, or fails to load; another one of the same file keeps its own."""
+    held: list[Tensor] = []
+    read = models_export._read_weights
+
+    def recorded(*arguments: Any) -> Any:
+        weights = read(*arguments)
+        held[:] = [tensor for program in weights.values() for tensor in program.values()]
+        return weights
+
+    monkeypatch.setattr(models_export, "_read_weights", recorded)
+    ids = make_prompt(2, 30)
+    other = load_exported(llama[1])
+    kept = list(held)
+    expected = other.prefill(ids, other.new_state())
+    with torch.inference_mode():
+        exported = load_exported(llama[1])
+    assert all(tensor.untyped_storage().nbytes() for tensor in held)
+    assert torch.equal(exported.prefill(ids, exported.new_state()), expected)
+    del exported
+    gc.collect()
+    assert not any(tensor.untyped_storage().nbytes() for tensor in held)
+    assert torch.equal(other.prefill(ids, other.new_state()), expected)
+    assert all(tensor.untyped_storage().nbytes() for tensor in kept)
+
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no such weight")
+
+    monkeypatch.setattr(AOTICompiledModel, "load_constants", fails)
+    with pytest.raises(RuntimeError, match="no such weight"):
+        load_exported(llama[1])
+    gc.collect()
+    assert not any(tensor.untyped_storage().nbytes() for tensor in held)
+
+
+def test_a_program_of_ones_own(llama: tuple[PreTrainedModel, Path], runner: Path) -> None:
+    """Built around `package.h`: tokens as in Python, and packages that go leave no memory."""
+    program, ids = runner.with_name("package_program"), make_prompt(2, 30)
+    ran = run_process(
+        *(sys.executable, "setup.py", "--quiet", "build_runner", "--output", program),
+        *("--main", ROOT / "compile_tests" / "package_program.cpp"),
+        cwd=ROOT,
+    )
+    assert ran.returncode == 0, ran.stderr
+    ran = run_process(program, library(), llama[1], *ids[0].tolist())
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    tokens, live = zip(*(line.split(":") for line in ran.stdout.splitlines()), strict=True)
+    expected = load_exported(llama[1]).generate(ids[:1].expand(2, -1), 5, eos=[])[0].tolist()
+    assert len(tokens) == 4
+    assert {tuple(map(int, words.split())) for words in tokens} == {tuple(expected)}
+    assert len(set(live)) == 1, live
 
 
 def forced(
@@ -1075,7 +1132,7 @@ def test_python_needs_kernels(
 # Measuring
 
 
-@pytest.mark.parametrize("case", ["right", "other weights", "offloaded"])
+@pytest.mark.parametrize("case", ["right", "other weights", "offloaded", "no room"])
 def test_bench_compares(
     case: str,
     llama: tuple[PreTrainedModel, Path],
@@ -1085,7 +1142,10 @@ def test_bench_compares(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The package of a model, of one that is not the model in Python, and an offloaded one."""
+    """The package of a model, of one that is not the model in Python, and an offloaded one.
+
+    Where eager Python does not fit in memory, what was measured before it is not lost.
+    """
     (model, package), context, config = llama, 2400, RetroConfig()
     other, offload = case == "other weights", case == "offloaded"
     if offload:
@@ -1100,6 +1160,11 @@ def test_bench_compares(
         assert options["offload"] == offload
         shutil.copy(package, path)
 
+    def no_room(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    if case == "no room":
+        monkeypatch.setattr(bench_export, "_eager", no_room)
     compiled = torch.compile
     monkeypatch.setattr(bench_export, "make_model", lambda *args: model)
     monkeypatch.setattr(bench_export, "export_model", export)
@@ -1127,6 +1192,10 @@ def test_bench_compares(
     else:
         assert row["wrong"] == ""
         assert row["equal_tokens"] == row["compiled_tokens"] == 2 * 20
+    if case == "no room":
+        assert row["note"].startswith("eager does not fit in memory")
+        assert "error" not in row
+    elif not other:
         assert row["error"] < 1e-5
     assert "running the package without Python" in capsys.readouterr().err
 
@@ -1217,7 +1286,10 @@ def test_gpu_offloaded_package(tmp_path: Path) -> None:
     for name, package in packages.items():
         export_model(model, package, context=context, config=config, offload=name == "offloaded")
     program = bench_export.runner_program()
+    before = torch.cuda.memory_allocated()
     exported = load_exported(packages["offloaded"])
+    weights = torch.cuda.memory_allocated() - before
+    assert weights > 1e7
     like = torch.empty(0, device="cuda")
     pinned, allocated = torch.ops.retro.host_bytes(like), torch.cuda.memory_allocated()
     state = exported.new_state()
@@ -1268,5 +1340,9 @@ def test_gpu_offloaded_package(tmp_path: Path) -> None:
     del state, hosts, counters, cache
     gc.collect()
     assert torch.ops.retro.host_bytes(like) <= pinned
+    before = torch.cuda.memory_allocated()
+    del exported
+    gc.collect()
+    assert before - torch.cuda.memory_allocated() >= weights
     ran = run_process(sys.executable, "-c", EXIT, packages["offloaded"], cwd=tmp_path, timeout=300)
     assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr

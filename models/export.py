@@ -13,6 +13,7 @@ import json
 import math
 import os
 import warnings
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -379,6 +380,17 @@ def _read_weights(path: Path, device: torch.device) -> dict[str, dict[str, Tenso
     return weights
 
 
+@torch.inference_mode()  # where they may have been made
+def _empty(weights: Sequence[Tensor]) -> None:
+    """Frees the memory of weights that an AOTInductor program has pointed to.
+
+    Such a program takes a reference to each tensor that is `user_managed`, which it never gives
+    back, whatever becomes of it and of the caller's own.
+    """
+    for tensor in weights:
+        tensor.set_()  # type: ignore[call-overload]  # to nothing, which the stubs lack
+
+
 class ExportedModel:
     """A package in this process; make it with `load_exported`.
 
@@ -391,10 +403,16 @@ class ExportedModel:
         eos: the tokens that end a row.
         pad: the token that stands behind the end of a row.
         device: where it runs.
+
+    The weights are freed when it goes away.
     """
 
     def __init__(
-        self, metadata: dict[str, str], programs: dict[str, Any], device: torch.device
+        self,
+        metadata: dict[str, str],
+        programs: dict[str, Any],
+        weights: Mapping[str, dict[str, Tensor]],
+        device: torch.device,
     ) -> None:
         self.metadata = metadata
         self.context = int(metadata["retro.context"])
@@ -405,6 +423,10 @@ class ExportedModel:
         self.pad = int(metadata["retro.pad"])
         self.device = device
         self._programs = programs
+        tensors = [tensor for of_program in weights.values() for tensor in of_program.values()]
+        weakref.finalize(self, _empty, tensors).atexit = False
+        for which, program in programs.items():
+            program.load_constants(weights[which], check_full_update=True, user_managed=True)
 
     def new_state(self) -> State:
         """The state of a conversation that has not begun.
@@ -605,10 +627,7 @@ def load_exported(path: str | Path, device: torch.device | str | None = None) ->
         run_single_threaded=True,
         device_index=-1 if place.index is None else place.index,
     ).aoti_runners
-    weights = _read_weights(path, place)
-    for which, program in programs.items():
-        program.load_constants(weights[which], check_full_update=True, user_managed=True)
-    return ExportedModel(metadata, programs, place)
+    return ExportedModel(metadata, programs, _read_weights(path, place), place)
 
 
 def _metadata(path: Path) -> dict[str, str]:

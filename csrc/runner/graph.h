@@ -23,7 +23,7 @@ class Graph {
   std::unique_ptr<Recording> recording_;
 };
 
-// Gives the calling thread a stream of its own on a GPU, on which a graph can be recorded.
+// Gives the calling thread a stream of its own on a GPU, on which a graph can be recorded, unless it has one.
 void use_own_stream(c10::Device device);
 
 }  // namespace retro

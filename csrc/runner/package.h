@@ -29,7 +29,7 @@ class Package {
   // Throws std::runtime_error where the file is no package, is for another device than `device` (empty: any), needs
   // another version of the op library than the one that is loaded or kernels that no library has, or where there is no
   // memory for its state. A package for a GPU gives the calling thread, which has to make all calls, a stream of its
-  // own, and records the step as a CUDA graph, unless `graph` is false.
+  // own unless it has one, and records the step as a CUDA graph, unless `graph` is false.
   Package(const std::string& path, const std::string& device, bool graph = true);
 
   int64_t context() const { return context_; }              // tokens that a row can hold
@@ -48,6 +48,14 @@ class Package {
  private:
   using Loader = torch::inductor::AOTIModelPackageLoader;
 
+  // Tensors that programs point to. A program takes a reference to each one, which it never gives back: their memory is
+  // freed by hand, when the programs are gone.
+  struct Weights : std::vector<at::Tensor> {
+    ~Weights() {
+      for (const at::Tensor& tensor : *this) tensor.storage().unsafeGetStorageImpl()->reset();
+    }
+  };
+
   at::Tensor run(Loader& program, const at::Tensor& ids);
   void make_state(const std::string& path);
   void read_weights(const std::string& path);
@@ -56,10 +64,10 @@ class Package {
   int64_t context_, batch_size_, vocabulary_;
   at::Device device_ = at::kCPU;
   std::vector<int64_t> eos_;
-  std::vector<at::Tensor> state_;    // in the order in which the programs take them
-  at::Tensor starts_;                // one of them
-  bool has_prompt_ = false;          // before, the state is that of no conversation
-  std::vector<at::Tensor> weights_;  // which the programs only point to
+  std::vector<at::Tensor> state_;  // in the order in which the programs take them
+  at::Tensor starts_;              // one of them
+  bool has_prompt_ = false;        // before, the state is that of no conversation
+  Weights weights_;                // outlive the programs
   std::unique_ptr<Loader> decode_, prefill_;
   at::Tensor step_ids_, step_logits_;  // what the graph reads and writes
   std::unique_ptr<Graph> graph_;
