@@ -27,16 +27,16 @@ from retro_ops.benchmarks.decode import (
     make_layer,
     make_rows,
 )
-from retro_ops.benchmarks.recordings import input_ids
+from retro_ops.benchmarks.recordings import check_length, input_ids
 from retro_ops.benchmarks.timing import L2_BYTES, Timing, time_in_turn
 from retro_ops.models import RetroCache, load_model
+from retro_ops.models.load import find_model, read_config
 from retro_ops.ops._contract import Counter, RequestHeader, cluster_count, retrieved_count
 from retro_ops.ops.update_pages import POLICIES
 from retro_ops.testing import make_query
 
-"""Made ones; a layer with clustered keys and queries; built-in models."""
-CONTEXTS = {"recall": 32768, "recall-128k": 131072, "gemma": 16384}
-"""Tokens of a model's prompt; the others have 131,072."""
+CONTEXTS = {"synthetic": 131072, "layer": 131072, "recall": 32768, "recall-128k": 131072}
+"""Tokens of a trace; of what is not here, which are models, 16,384."""
 COLUMNS = (
     *("trace", "context", "batch", "layers", "overlap", "cache_ratio", "policy"),
     *("hit_ratio", "worst_layer", "missed_tokens_per_step", "evictions_per_step"),
@@ -133,9 +133,10 @@ def recorded(
     config: RetroConfig,
     progress: Callable[[str, int, int], None],
 ) -> Trace:
-    """What a built-in model retrieves: recall models while they answer questions, others while they
-    read on in a text."""
+    """What a model retrieves: recall models while they answer questions, others while they read on
+    in a text."""
     model = load_model(name, dtype=torch.float32, device="cpu")
+    check_length(model, context + steps)
     ids = input_ids(name, "prose", context, steps)
     body, following = ids.split((context, steps), dim=1)
     cache = RetroCache(model.config, config, max_cache_len=context + steps, offload=True)
@@ -424,8 +425,8 @@ def run(
 
     Args:
         device: where layers run; traces are replayed on the CPU.
-        traces: "synthetic", "layer", "recall", "recall-128k" or "gemma".
-        contexts: tokens; None: as in `CONTEXTS`, else 131,072.
+        traces: "synthetic", "layer", or models as in `load_model`.
+        contexts: tokens; None: as in `CONTEXTS`, else 16,384.
         batch_sizes: rows, of made traces and layers; models have one.
         overlaps: of made traces, fractions; of layers on a GPU, how probably a head asks again.
         cache_ratios, policies: of the page cache; every trace with each of them.
@@ -436,16 +437,21 @@ def run(
 
     Raises:
         ImportError: a plot is asked for and matplotlib is missing; nothing is measured then.
+        FileNotFoundError: there is no such model; nothing is measured then.
+        ValueError: a model does not read so many tokens.
         AssertionError: offloading changes a result.
     """
     if plot is not None:
         import_pyplot()
+    for name in traces:
+        if name not in ("synthetic", "layer"):
+            read_config(name, find_model(name))
     facts = machine.facts(torch.device("cpu"))
     on_gpu = device.type == "cuda" and "layer" in traces
     hbm_gb_per_s = machine.copy_gb_per_s(device) if on_gpu else 0.0
     curves: dict[str, dict[str, Tensor]] = {}
     for name in traces:
-        for context in contexts or [CONTEXTS.get(name, 131072)]:
+        for context in contexts or [CONTEXTS.get(name, 16384)]:
             if name == "layer" and device.type == "cuda":
                 for rows, stay in itertools.product(batch_sizes, overlaps):
                     figures = []

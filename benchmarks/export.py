@@ -23,11 +23,12 @@ from retro_ops import RetroConfig
 from retro_ops._library import find_library
 from retro_ops.benchmarks import machine
 from retro_ops.benchmarks.prefill import make_model as make_random_model
+from retro_ops.benchmarks.recordings import token_ids
 from retro_ops.benchmarks.timing import memory_note, synchronize
 from retro_ops.models import RetroCache, export_model, load_exported, load_model
 from retro_ops.models.export import state_of
-from retro_ops.models.load import RECALL
-from retro_ops.models.recall import make_task
+from retro_ops.models.load import find_model, load_tokenizer, read_config
+from retro_ops.models.recall import is_recall, make_task
 from retro_ops.models.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,8 +148,8 @@ def _cuda_folders() -> list[str]:
 def make_model(
     name: str, dtype: torch.dtype, device: torch.device, layers: int | None
 ) -> PreTrainedModel:
-    """A model of random weights in the shape `name`, or a built-in one."""
-    if name in RECALL:
+    """A model of random weights in the shape `name`, or one as in `load_model`."""
+    if name not in SHAPES:
         return load_model(name, dtype=dtype, device=device)
     config = SHAPES[name]()
     config.max_position_embeddings = 1 << 21
@@ -158,13 +159,16 @@ def make_model(
 
 
 def make_prompt(model: PreTrainedModel, name: str, rows: int, tokens: int) -> Tensor:
-    """`[B, tokens]`: a task for a recall model, random tokens for others."""
-    if name in RECALL:
+    """`[B, tokens]`: a task for a recall model, random tokens for random weights, or a text."""
+    if is_recall(name):
         records = max(tokens // 64, 1)
         body, questions, _ = make_task(
             context=tokens - 3, records=records, questions=1, batch_size=rows
         )
         return torch.cat((body, questions[:, 0]), dim=1)
+    if name not in SHAPES:
+        tokenizer = load_tokenizer(name)
+        return torch.cat([token_ids(tokenizer, "prose", tokens, seed=row) for row in range(rows)])
     generator = torch.Generator().manual_seed(1)
     return torch.randint(1, model.config.vocab_size, (rows, tokens), generator=generator)
 
@@ -242,7 +246,7 @@ def run(
 
     Args:
         device: where to.
-        models: names of `SHAPES` and of `RECALL`.
+        models: names of `SHAPES`, or models as in `load_model`.
         dtypes, contexts, batch_sizes: of the package; a context is the length of the prompt.
         tokens: generated after it.
         layers: of models with random weights; None: as many as the shape has.
@@ -254,7 +258,13 @@ def run(
             budget.
         timeout: seconds that the runner may take.
         progress: told what is being done.
+
+    Raises:
+        FileNotFoundError: there is no such model, or it has no tokenizer.
     """
+    for name in models:
+        if name not in SHAPES:
+            read_config(name, find_model(name))
     facts = machine.facts(device)
     progress("building the runner")
     program = runner_program() if runner is None else runner
@@ -299,7 +309,7 @@ def _case(
     ids = make_prompt(model, name, rows, context)
     capacity = context + tokens
     short = str(dtype).removeprefix("torch.")
-    package = folder / f"{name}-{short}-{context}-{rows}{'-offload' * offload}.pt2"
+    package = folder / f"{Path(name).name}-{short}-{context}-{rows}{'-offload' * offload}.pt2"
 
     def new_cache() -> RetroCache:
         return _new_cache(model, config, capacity, rows, offload)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from retro_ops.benchmarks.prefill import make_model
 from retro_ops.benchmarks.timing import Timing, time_in_turn
 from retro_ops.cli import main
 from retro_ops.models import RetroCache
+from retro_ops.models.load import find_model
 from retro_ops.models.shapes import SHAPES
 from retro_ops.testing import make_kv, make_query
 
@@ -180,9 +182,16 @@ def test_bench_buffer_on_a_gpu(tmp_path: Path) -> None:
 
 
 def test_bench_buffer_records_a_model(tmp_path: Path) -> None:
-    file = tmp_path / "rows.json"
-    assert main([*BUFFER, "--trace", "recall", "--context", "4096", "--json", str(file)]) == 0
-    for row in json.loads(file.read_text()):
+    """A built-in one, and one of a directory."""
+    file, folder = tmp_path / "rows.json", tmp_path / "trained"
+    shutil.copytree(find_model("recall"), folder)
+    traces = ["--trace", f"recall,{folder}", "--context", "4096"]
+    assert main([*BUFFER, *traces, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    half = len(rows) // 2
+    assert [row["trace"] for row in rows] == half * ["recall"] + half * [str(folder)]
+    assert [row["hit_ratio"] for row in rows[:half]] == [row["hit_ratio"] for row in rows[half:]]
+    for row in rows:
         assert row["layers"] == 4
         assert row["worst_layer"] <= row["hit_ratio"] < 1
         assert 0 < row["overlap"] < 1
@@ -469,7 +478,6 @@ def test_calls_take_turns() -> None:
             ["bench", "build", "--keys", "real"],
             "names out of clustered,random,heavy-tailed,drifting,adversarial, got 'real'",
         ),
-        (["bench", "buffer", "--trace", "llama"], "names out of synthetic,layer,recall"),
         (["bench", "buffer", "--policy", "mru"], "names out of lru,lru2,lfu, got 'mru'"),
         (["bench", "buffer", "--cache-ratios", "0.1,2"], "must be numbers in 0..1, got '2'"),
         (["bench", "buffer", "--overlap", "all"], "must be numbers in 0..1, got 'all'"),

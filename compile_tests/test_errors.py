@@ -235,6 +235,10 @@ def test_files_that_hold_no_cache_of_the_model(tmp_path: Path) -> None:
             "bench export --runner prompts.json",
             "the program retro_runner, got 'prompts.json'; `make",
         ),
+        ("bench export --model llama-3-8b,llama", "no model 'llama': it is not built in"),
+        ("bench buffer --trace synthetic,llama", "no model 'llama': it is not built in"),
+        ("bench buffer --trace recall --context 262144", "reads 262144 tokens, got a text of"),
+        ("bench quality --model recall,", "must be names with commas between them, got 'recall,'"),
         ("bench long --tokens 10 --window 3", "bench long: tokens must be a multiple of window"),
         ("bench throughput --model tiny --steps 99999", "throughput: steps must be at most"),
         (

@@ -45,6 +45,7 @@ from retro_ops.cli import main
 from retro_ops.models import RetroCache, export_model, load_exported, load_model
 from retro_ops.models import export as models_export
 from retro_ops.models.export import FORMAT, ExportedModel, Program, State, state_of
+from retro_ops.models.load import load_tokenizer
 from retro_ops.ops._contract import Counter, FreeHeader
 from retro_ops.testing import assert_same, example_arguments
 
@@ -1198,6 +1199,17 @@ def test_bench_compares(
     elif not other:
         assert row["error"] < 1e-5
     assert "running the package without Python" in capsys.readouterr().err
+
+
+def test_bench_prompts(llama: tuple[PreTrainedModel, Path]) -> None:
+    """Of random weights, a recall model and one that reads text: rows of their own."""
+    for name in ("llama-3-8b", "recall", "gemma"):
+        ids = bench_export.make_prompt(llama[0], name, 2, 200)
+        assert ids.shape == (2, 200)
+        assert not torch.equal(ids[0], ids[1])
+    text = load_tokenizer("gemma").decode(ids[0])
+    assert len(set(text.split())) > 20, text
+    assert text.isascii()
 
 
 def test_bench_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

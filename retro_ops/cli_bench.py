@@ -36,6 +36,7 @@ from retro_ops.cli_parts import (
     numbers,
     print_table,
     progress_bar,
+    words,
     write_json,
 )
 from retro_ops.config import RetroConfig
@@ -99,13 +100,14 @@ def _add_bench_buffer(kinds: Any) -> None:
     )
     kind.add_argument(
         "--trace",
-        type=names(("synthetic", "layer", "recall", "recall-128k", "gemma")),
+        type=words,
         default="synthetic,recall",
-        help="made ones, a layer with random queries (timed), what a model retrieves",
+        help="synthetic: made ones; layer: one with random queries (timed); or a model as in demo: "
+        "what it retrieves",
     )
     kind.add_argument("--device", type=device, help="of layer: cpu or cuda (cuda if there is one)")
     kind.add_argument(
-        "--context", type=numbers, help="tokens (recall: 32768, gemma: 16384, others: 131072)"
+        "--context", type=numbers, help="tokens (131072; models: 16384, recall: 32768)"
     )
     kind.add_argument("--batch", type=numbers, default="1", help="rows of synthetic and layer")
     kind.add_argument(
@@ -419,6 +421,7 @@ def _add_bench_accuracy(kinds: Any) -> None:
         kind.add_argument("--keys", type=names((*KINDS, "none")), default=",".join(KINDS))
         kind.add_argument(
             "--model",
+            type=words,
             default="recall",
             help="to record, names with commas: as in demo; none: made keys only",
         )
@@ -474,7 +477,7 @@ def _accuracy_config(options: argparse.Namespace) -> RetroConfig:
 def _sources(options: argparse.Namespace) -> dict[str, Any]:
     """Kinds of made keys, and models to record."""
     kinds = [kind for kind in options.keys if kind != "none"]
-    models = [] if options.model == "none" else options.model.split(",")
+    models = [name for name in options.model if name != "none"]
     if not kinds and not models:
         raise ValueError("nothing to measure: --keys and --model are both none")
     return {"kinds": kinds, "models": models}
@@ -566,9 +569,9 @@ def _add_bench_export(kinds: Any) -> None:
     add_device(kind)
     kind.add_argument(
         "--model",
-        type=names((*SHAPES, "recall", "recall-128k")),
+        type=words,
         default="recall",
-        help="shapes with random weights, or models of the package",
+        help="names with commas: as in demo, or shapes of `bench model` with random weights",
     )
     kind.add_argument("--context", type=numbers, default="4096", help="tokens of the prompt")
     kind.add_argument("--batch", type=numbers, default="1", help="rows")

@@ -64,6 +64,14 @@ def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def words(text: str) -> list[str]:
+    """A parser of a list of words with commas, such as names of models."""
+    chosen = text.split(",")
+    if not all(chosen):
+        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
+    return list(dict.fromkeys(chosen))
+
+
 def numbers(text: str) -> list[int]:
     """A parser of a list of whole numbers from 1 on, with commas."""
     return [number(1)(part) for part in text.split(",")]

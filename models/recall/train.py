@@ -403,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m retro_ops.models.recall.train",
-        description="Train a recall model on one GPU, with 12 GiB of its memory (measured: an H100).",
+        description="Train a recall model on one GPU, in 12 GiB of its memory (measured: H100).",
     )
     parser.add_argument("out", type=Path, help="directory to write, a new one")
     parser.add_argument("--long", action="store_true", help="for 128K tokens instead of 32K")
