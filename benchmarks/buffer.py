@@ -27,14 +27,15 @@ from retro_ops.benchmarks.decode import (
     make_layer,
     make_rows,
 )
-from retro_ops.benchmarks.recordings import check_length, input_ids
+from retro_ops.benchmarks.recordings import check_model, input_ids
 from retro_ops.benchmarks.timing import L2_BYTES, Timing, time_in_turn
 from retro_ops.models import RetroCache, load_model
-from retro_ops.models.load import find_model, read_config
 from retro_ops.ops._contract import Counter, RequestHeader, cluster_count, retrieved_count
 from retro_ops.ops.update_pages import POLICIES
 from retro_ops.testing import make_query
 
+MADE = ("synthetic", "layer")
+"""Traces that no model leaves."""
 CONTEXTS = {"synthetic": 131072, "layer": 131072, "recall": 32768, "recall-128k": 131072}
 """Tokens of a trace; of what is not here, which are models, 16,384."""
 COLUMNS = (
@@ -136,7 +137,6 @@ def recorded(
     """What a model retrieves: recall models while they answer questions, others while they read on
     in a text."""
     model = load_model(name, dtype=torch.float32, device="cpu")
-    check_length(model, context + steps)
     ids = input_ids(name, "prose", context, steps)
     body, following = ids.split((context, steps), dim=1)
     cache = RetroCache(model.config, config, max_cache_len=context + steps, offload=True)
@@ -437,15 +437,15 @@ def run(
 
     Raises:
         ImportError: a plot is asked for and matplotlib is missing; nothing is measured then.
-        FileNotFoundError: there is no such model; nothing is measured then.
-        ValueError: a model does not read so many tokens.
+        FileNotFoundError, ValueError: as in `check_model`; nothing is measured then.
         AssertionError: offloading changes a result.
     """
     if plot is not None:
         import_pyplot()
     for name in traces:
-        if name not in ("synthetic", "layer"):
-            read_config(name, find_model(name))
+        if name not in MADE:
+            longest = max(contexts or [CONTEXTS.get(name, 16384)])
+            check_model(name, longest + steps, others=MADE)
     facts = machine.facts(torch.device("cpu"))
     on_gpu = device.type == "cuda" and "layer" in traces
     hbm_gb_per_s = machine.copy_gb_per_s(device) if on_gpu else 0.0

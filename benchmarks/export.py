@@ -23,13 +23,14 @@ from retro_ops import RetroConfig
 from retro_ops._library import find_library
 from retro_ops.benchmarks import machine
 from retro_ops.benchmarks.prefill import make_model as make_random_model
-from retro_ops.benchmarks.recordings import token_ids
+from retro_ops.benchmarks.recordings import check_model, token_ids
 from retro_ops.benchmarks.timing import memory_note, synchronize
 from retro_ops.models import RetroCache, export_model, load_exported, load_model
 from retro_ops.models.export import state_of
-from retro_ops.models.load import find_model, load_tokenizer, read_config
+from retro_ops.models.load import load_tokenizer
 from retro_ops.models.recall import is_recall, make_task
 from retro_ops.models.shapes import SHAPES
+from retro_ops.models.support import head_dim_of
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
@@ -146,11 +147,11 @@ def _cuda_folders() -> list[str]:
 
 
 def make_model(
-    name: str, dtype: torch.dtype, device: torch.device, layers: int | None
+    name: str, dtype: torch.dtype, device: torch.device, layers: int | None, context: int
 ) -> PreTrainedModel:
     """A model of random weights in the shape `name`, or one as in `load_model`."""
     if name not in SHAPES:
-        return load_model(name, dtype=dtype, device=device)
+        return load_model(name, dtype=dtype, device=device, context=context)
     config = SHAPES[name]()
     config.max_position_embeddings = 1 << 21
     config.bos_token_id = config.eos_token_id = None
@@ -260,11 +261,11 @@ def run(
         progress: told what is being done.
 
     Raises:
-        FileNotFoundError: there is no such model, or it has no tokenizer.
+        FileNotFoundError, ValueError: as in `check_model`; nothing is measured then.
     """
     for name in models:
         if name not in SHAPES:
-            read_config(name, find_model(name))
+            check_model(name, max(contexts) + tokens, others=SHAPES)
     facts = machine.facts(device)
     progress("building the runner")
     program = runner_program() if runner is None else runner
@@ -305,11 +306,12 @@ def _case(
 ) -> dict[str, Any]:
     notes: list[str] = []
     progress(f"making {name}")
-    model = make_model(name, dtype, device, layers)
-    ids = make_prompt(model, name, rows, context)
     capacity = context + tokens
+    model = make_model(name, dtype, device, layers, capacity)
+    ids = make_prompt(model, name, rows, context)
     short = str(dtype).removeprefix("torch.")
-    package = folder / f"{Path(name).name}-{short}-{context}-{rows}{'-offload' * offload}.pt2"
+    words = (*name.strip("/").split("/"), short, context, rows, *["offload"] * offload)
+    package = folder / f"{'-'.join(map(str, words))}.pt2"
 
     def new_cache() -> RetroCache:
         return _new_cache(model, config, capacity, rows, offload)
@@ -394,7 +396,7 @@ def _case(
     best = of_compiled.argmax(dim=2).T
     return {
         "model": name,
-        "layers": model.config.num_hidden_layers,
+        "layers": model.config.get_text_config(decoder=True).num_hidden_layers,
         "dtype": short,
         "context": context,
         "batch": rows,
@@ -496,8 +498,11 @@ def _new_cache(
     cache = RetroCache(
         model.config, config, max_cache_len=capacity, batch_size=rows, offload=offload
     )
-    heads = model.config.num_key_value_heads
-    cache.early_initialization(rows, heads, model.config.head_dim, model.dtype, model.device)
+    text_config = model.config.get_text_config(decoder=True)
+    cache.early_initialization(
+        *(rows, text_config.num_key_value_heads, head_dim_of(text_config)),
+        *(model.dtype, model.device),
+    )
     return cache
 
 

@@ -64,7 +64,7 @@ def run(
     """
     facts = machine.facts(device)
     model = load_model(model_name, dtype=dtype, device=device)
-    check_length(model, max(contexts) + positions + 1)
+    check_length(model.config, max(contexts) + positions + 1)
     for context in contexts:
         ids = torch.cat(
             [

@@ -88,7 +88,7 @@ def run(
     model = load_model(model_name, dtype=dtype, device=device)
     tasks = {}  # made before anything is measured: they check the numbers
     for context in contexts:
-        check_length(model, context + 5 * questions)
+        check_length(model.config, context + 5 * questions)
         for density in densities:
             records = max(round(density * (context // TOKENS_PER_RECORD)), 1)
             task = make_task(context, records, questions, batch_size=batch_size, seed=seed)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from retro_ops import RetroConfig
 from retro_ops.models import RetroCache, load_model, load_tokenizer
 from retro_ops.models.attention import retro_attention, retro_mask
+from retro_ops.models.load import find_model, read_config
 from retro_ops.models.prose import prose
 from retro_ops.models.recall import is_recall, make_task
+from retro_ops.models.rope import longest_context
 
 TEXTS = ("prose", "reference")
 """Made prose; the reference of the Python language, which comes with every Python. Any other name
@@ -125,10 +127,10 @@ def record(
     Raises:
         ValueError: the model reads fewer tokens.
     """
+    check_model(model_name, context + queries)
     progress(f"loading {model_name}", 0, 2)
     model = load_model(model_name, dtype=torch.float32, device="cpu")
     ids = input_ids(model_name, text, context, queries, seed=seed)
-    check_length(model, ids.shape[1])
     progress(f"{model_name} reads {ids.shape[1]:,} tokens", 1, 2)
     taken: list[tuple[int, Tensor, Tensor, Tensor, float]] = []
 
@@ -174,10 +176,36 @@ def record(
     ]
 
 
-def check_length(model: PreTrainedModel, tokens: int) -> None:
+def check_model(name: str, tokens: int, *, others: Collection[str] = ()) -> None:
+    """Raises unless there is such a model, which reads so many tokens, and what makes them.
+
+    Its weights are not looked at: what cannot be measured is refused before anything is.
+
+    Args:
+        name: as in `load_model`.
+        tokens: of a prompt and what follows it.
+        others: names that are no models, for the message.
+
+    Raises:
+        FileNotFoundError: there is no such model, or it has no tokenizer.
+        ValueError: it reads fewer tokens, or its config is of no model that transformers knows.
+    """
+    path = find_model(name)
+    try:
+        config = read_config(name, path)
+    except FileNotFoundError as error:
+        if not others:
+            raise
+        raise FileNotFoundError(f"{error}; other names are {', '.join(others)}") from error
+    check_length(config, tokens)
+    if not is_recall(name):
+        load_tokenizer(name)
+
+
+def check_length(config: PreTrainedConfig, tokens: int) -> None:
     """Raises ValueError if a model does not read so many tokens."""
-    limit = model.config.get_text_config().max_position_embeddings
-    if tokens > limit:
+    limit = longest_context(config)
+    if limit is not None and tokens > limit:
         raise ValueError(
             f"the model reads {limit} tokens, got a text of {tokens}; shorten --context"
         )

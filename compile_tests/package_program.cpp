@@ -2,16 +2,21 @@
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/InferenceMode.h>
+#ifdef RETRO_RUNNER_CUDA
+#include <c10/cuda/CUDACachingAllocator.h>
+#endif
 
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
+#include <string>
 #include <vector>
 
 #include "package.h"
 
 namespace {
 
-int64_t live = 0;  // bytes of tensors; all are made and freed by one thread
+int64_t live = 0;  // bytes of tensors on the host; all are made and freed by one thread
 
 struct Block {
   at::DataPtr memory;
@@ -37,30 +42,52 @@ struct Counting : c10::Allocator {
   }
 };
 
+int64_t live_on_gpu() {
+#ifdef RETRO_RUNNER_CUDA
+  if (at::hasCUDA()) {
+    return c10::cuda::CUDACachingAllocator::getDeviceStats(0).allocated_bytes[0].current;
+  }
+#endif
+  return 0;
+}
+
+std::vector<int64_t> generate(retro::Package& package, const std::vector<int64_t>& prompt) {
+  const int64_t rows = package.batch_size();
+  const at::Tensor ids = at::tensor(prompt, at::kLong).expand({rows, -1}).contiguous();
+  at::Tensor chosen =
+      package.prefill(ids, at::zeros({rows}, at::TensorOptions(at::kLong))).argmax(1, true);
+  std::vector<int64_t> tokens;
+  for (int step = 0; step < 5; ++step) {
+    if (step) chosen = package.decode(chosen).argmax(1, true);
+    tokens.push_back(chosen[0].item<int64_t>());
+  }
+  return tokens;
+}
+
 }  // namespace
 
-// OPS PACKAGE ID...: every row of the package gets the same prompt.
+// PACKAGE OPS... -- ID...: every row of the package gets the same prompt.
 int main(int count, char** words) {
   const c10::InferenceMode inference;
   at::set_num_threads(1);
-  retro::load_library(words[1]);
+  int word = 2;
+  for (; std::string(words[word]) != "--"; ++word) retro::load_library(words[word]);
+  std::vector<int64_t> prompt;
+  for (++word; word < count; ++word) prompt.push_back(std::atoll(words[word]));
   Counting counting;
   c10::SetCPUAllocator(&counting, /*priority=*/100);
-  std::vector<int64_t> prompt;
-  for (int i = 3; i < count; ++i) prompt.push_back(std::atoll(words[i]));
   for (int conversation = 0; conversation < 4; ++conversation) {
+    std::vector<int64_t> tokens;
     {
-      retro::Package package(words[2], "cpu");
-      const int64_t rows = package.batch_size();
-      const at::Tensor ids = at::tensor(prompt, at::kLong).expand({rows, -1}).contiguous();
-      at::Tensor chosen =
-          package.prefill(ids, at::zeros({rows}, at::TensorOptions(at::kLong))).argmax(1, true);
-      for (int step = 0; step < 5; ++step) {
-        std::printf("%s%lld", step ? " " : "", static_cast<long long>(chosen[0].item<int64_t>()));
-        if (step < 4) chosen = package.decode(chosen).argmax(1, true);
-      }
+      retro::Package package(words[1], "");
+      tokens = generate(package, prompt);
+      // Another one on the same thread, which comes and goes, changes nothing.
+      generate(*std::make_unique<retro::Package>(words[1], ""), {1, 2});
+      if (generate(package, prompt) != tokens) return 1;
     }
-    std::printf(":%lld\n", static_cast<long long>(live));
+    for (const int64_t token : tokens) std::printf("%lld ", static_cast<long long>(token));
+    std::printf(
+        ":%lld %lld\n", static_cast<long long>(live), static_cast<long long>(live_on_gpu()));
   }
   // Its allocator goes before torch does: nothing that is freed later may look for it.
   std::fflush(stdout);

@@ -8,6 +8,7 @@ programs take as inputs, so they share it, and one package serves any number of 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import math
@@ -18,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -335,9 +336,11 @@ def _made(description: str) -> tuple[torch.dtype, list[int]]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    plain: Any = tensor.view(-1).view(torch.uint8).numpy()
-    return memoryview(plain)
+    """The memory of a contiguous tensor on the CPU, which must outlive it.
+
+    Of torch's own ways there is one, through NumPy, and it forbids for good to free the memory.
+    """
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _write_weights(path: Path, weights: Mapping[tuple[str, str], Tensor]) -> None:
@@ -354,8 +357,9 @@ def _write_weights(path: Path, weights: Mapping[tuple[str, str], Tensor]) -> Non
             same = (tensor.data_ptr(), tensor.dtype, tensor.shape)
             if same not in records:
                 records[same] = f"weights/{len(records)}"
+                on_host = tensor.cpu()
                 with archive.open(f"{root}/{records[same]}", "w", force_zip64=True) as record:
-                    record.write(_bytes(tensor.cpu()))
+                    record.write(_bytes(on_host))
             lines.append(f"{which} {fqn} {records[same]} {_described(tensor)}")
         archive.writestr(f"{root}/weights/list", "\n".join(lines))
 
@@ -380,15 +384,14 @@ def _read_weights(path: Path, device: torch.device) -> dict[str, dict[str, Tenso
     return weights
 
 
-@torch.inference_mode()  # where they may have been made
-def _empty(weights: Sequence[Tensor]) -> None:
+def _free(weights: Sequence[Tensor]) -> None:
     """Frees the memory of weights that an AOTInductor program has pointed to.
 
     Such a program takes a reference to each tensor that is `user_managed`, which it never gives
     back, whatever becomes of it and of the caller's own.
     """
     for tensor in weights:
-        tensor.set_()  # type: ignore[call-overload]  # to nothing, which the stubs lack
+        tensor.untyped_storage().resize_(0)  # no op, which a mode of torch might take for its own
 
 
 class ExportedModel:
@@ -424,9 +427,12 @@ class ExportedModel:
         self.device = device
         self._programs = programs
         tensors = [tensor for of_program in weights.values() for tensor in of_program.values()]
-        weakref.finalize(self, _empty, tensors).atexit = False
+        weakref.finalize(self, _free, tensors).atexit = False
         for which, program in programs.items():
             program.load_constants(weights[which], check_full_update=True, user_managed=True)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an ExportedModel cannot be copied or pickled; call load_exported again")
 
     def new_state(self) -> State:
         """The state of a conversation that has not begun.

@@ -107,7 +107,9 @@ def _add_bench_buffer(kinds: Any) -> None:
     )
     kind.add_argument("--device", type=device, help="of layer: cpu or cuda (cuda if there is one)")
     kind.add_argument(
-        "--context", type=numbers, help="tokens (131072; models: 16384, recall: 32768)"
+        "--context",
+        type=numbers,
+        help="tokens (made ones and recall-128k: 131072, recall: 32768, other models: 16384)",
     )
     kind.add_argument("--batch", type=numbers, default="1", help="rows of synthetic and layer")
     kind.add_argument(

@@ -29,8 +29,11 @@ class Package {
   // Throws std::runtime_error where the file is no package, is for another device than `device` (empty: any), needs
   // another version of the op library than the one that is loaded or kernels that no library has, or where there is no
   // memory for its state. A package for a GPU gives the calling thread, which has to make all calls, a stream of its
-  // own unless it has one, and records the step as a CUDA graph, unless `graph` is false.
+  // own unless it has one, and records the step as a CUDA graph, unless `graph` is false. It is made and used inside a
+  // c10::InferenceMode, or both outside.
   Package(const std::string& path, const std::string& device, bool graph = true);
+  Package(const Package&) = delete;  // nor moved: what it frees, its programs point to
+  Package& operator=(const Package&) = delete;
 
   int64_t context() const { return context_; }              // tokens that a row can hold
   int64_t batch_size() const { return batch_size_; }        // rows
