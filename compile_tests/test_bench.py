@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import csv
+import importlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
 from retro_ops import RetroConfig, RetroLayer, cli_bench
-from retro_ops.benchmarks import throughput
+from retro_ops.benchmarks import machine, throughput
 from retro_ops.benchmarks.prefill import make_model
 from retro_ops.benchmarks.timing import Timing, time_in_turn
 from retro_ops.cli import main
@@ -52,6 +54,40 @@ def test_bench_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with (tmp_path / "rows.csv").open() as file:
         assert [row["context"] for row in csv.DictReader(file)] == ["2048"] * 2 + ["4096"] * 2
     assert "copy_percent" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["decode", "prefill", "buffer", "export"])
+@pytest.mark.parametrize(
+    "error", [ValueError("too long"), torch.OutOfMemoryError("out of memory"), KeyboardInterrupt()]
+)
+def test_what_was_measured_is_not_lost(
+    what: str,
+    error: BaseException,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where a benchmark fails or is stopped, it has shown and written the rows before."""
+    benchmark = importlib.import_module(f"retro_ops.benchmarks.{what}")
+    row = {**machine.facts(torch.device("cpu")), "dtype": "float32", "context": 77, "wrong": ""}
+
+    def run(**options: object) -> Iterator[Any]:
+        yield row if what == "prefill" else [row]
+        raise error
+
+    monkeypatch.setattr(benchmark, "run", run)
+    file = tmp_path / "rows.json"
+    command = ["bench", what, "--device", "cpu", "--json", str(file)]
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            main(command)
+    else:
+        assert main(command) == 2
+    assert json.loads(file.read_text()) == [row]
+    said = capsys.readouterr()
+    assert "77" in said.out
+    if isinstance(error, ValueError):
+        assert "too long" in said.err
 
 
 def test_bench_build(tmp_path: Path) -> None:

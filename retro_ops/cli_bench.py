@@ -7,7 +7,8 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +182,8 @@ def _bench_long(options: argparse.Namespace) -> None:
     from retro_ops.benchmarks import long
 
     place = device_of(options)
-    rows: list[dict[str, Any]] = []
-    with progress_bar() as progress:
+    columns = long.COLUMNS if options.model is None else long.MODEL_COLUMNS
+    with _reporting(options, columns) as rows, progress_bar() as progress:
         progress("compiling", 0, options.tokens)
         if options.model is None:
             found = long.run(
@@ -215,7 +216,6 @@ def _bench_long(options: argparse.Namespace) -> None:
             rows.append(row)
             done = row["tokens"] - options.context
             progress(f"{done:,} of {options.tokens:,} tokens", done, options.tokens)
-    _report(options, rows, long.COLUMNS if options.model is None else long.MODEL_COLUMNS)
 
 
 def batches(text: str) -> list[int] | None:
@@ -310,8 +310,7 @@ def _add_bench_prefill(kinds: Any) -> None:
 def _bench_prefill(options: argparse.Namespace) -> None:
     from retro_ops.benchmarks import prefill
 
-    rows = []
-    with progress_bar() as progress:
+    with _reporting(options, prefill.COLUMNS) as rows, progress_bar() as progress:
         progress("reading prompts", 0, 1)
         for row in prefill.run(
             device=device_of(options),
@@ -325,7 +324,6 @@ def _bench_prefill(options: argparse.Namespace) -> None:
         ):
             rows.append(row)
             progress(f"{row['context']:,} tokens", 0, 1)
-    _report(options, rows, prefill.COLUMNS)
 
 
 def _add_bench_spread(kinds: Any) -> None:
@@ -348,8 +346,7 @@ def _bench_spread(options: argparse.Namespace) -> None:
     first = device_of(options)
     count = options.devices or (torch.cuda.device_count() if first.type == "cuda" else 2)
     devices = [torch.device(f"cuda:{i}" if first.type == "cuda" else "cpu") for i in range(count)]
-    rows: list[dict[str, Any]] = []
-    with progress_bar() as progress:
+    with _reporting(options, spread.COLUMNS) as rows, progress_bar() as progress:
         progress("one device", 0, 2)
         for case in spread.run(
             devices=devices,
@@ -364,7 +361,6 @@ def _bench_spread(options: argparse.Namespace) -> None:
         ):
             rows += case
             progress(f"{case[0]['devices']} devices", len(rows), 0)
-    _report(options, rows, spread.COLUMNS)
 
 
 def _add_bench_memory(kinds: Any) -> None:
@@ -381,8 +377,7 @@ def _add_bench_memory(kinds: Any) -> None:
 def _bench_memory(options: argparse.Namespace) -> None:
     from retro_ops.benchmarks import memory
 
-    rows = []
-    with progress_bar() as progress:
+    with _reporting(options, memory.COLUMNS) as rows, progress_bar() as progress:
         progress("measuring", 0, 1)
         for row in memory.run(
             device=device_of(options),
@@ -395,7 +390,6 @@ def _bench_memory(options: argparse.Namespace) -> None:
         ):
             rows.append(row)
             progress(f"{row['context']:,} tokens, batch {row['batch']}", 0, 1)
-    _report(options, rows, memory.COLUMNS)
 
 
 def _add_bench_accuracy(kinds: Any) -> None:
@@ -610,11 +604,10 @@ def _bench_export(options: argparse.Namespace) -> None:
                 "builds it"
             )
         options.runner = options.runner.resolve()
-    rows: list[dict[str, Any]] = []
     lists = (options.model, options.dtype, options.context, options.batch)
     total = math.prod(len(values) for values in lists)
     begin = time.perf_counter()
-    with progress_bar() as progress:
+    with _reporting(options, export.COLUMNS) as rows, progress_bar() as progress:
 
         def report(what: str) -> None:
             progress(what, 0, total)
@@ -638,7 +631,6 @@ def _bench_export(options: argparse.Namespace) -> None:
             progress=report,
         ):
             rows += case
-    _report(options, rows, export.COLUMNS)
     if any(row["wrong"] for row in rows):
         raise SystemExit(
             f"{options.prog}: the figures above are wrong where a row says so, in its column wrong"
@@ -651,8 +643,7 @@ def _bench(options: argparse.Namespace) -> None:
     config = budgets(options)
     place = device_of(options)
     benchmark = importlib.import_module(f"retro_ops.benchmarks.{options.what}")
-    rows: list[dict[str, Any]] = []
-    with progress_bar() as progress:
+    with _reporting(options, benchmark.COLUMNS) as rows, progress_bar() as progress:
         axis = {"shapes": options.shape} if options.what == "model" else {"kinds": options.keys}
         more = (
             {"compare_estimators": options.compare_estimators} if options.what == "decode" else {}
@@ -673,16 +664,29 @@ def _bench(options: argparse.Namespace) -> None:
         for done, case in enumerate(cases, 1):
             rows += case
             progress(f"{case[0]['dtype']}, {case[0]['context']:,} tokens", done, total)
-    _report(options, rows, benchmark.COLUMNS)
 
 
 def _run(options: argparse.Namespace, benchmark: Any, **arguments: Any) -> None:
     """Runs a benchmark that reports its progress itself, and shows its rows."""
-    rows: list[dict[str, Any]] = []
-    with progress_bar() as progress:
+    with _reporting(options, benchmark.COLUMNS) as rows, progress_bar() as progress:
         for case in benchmark.run(**arguments, progress=progress):
             rows += case
-    _report(options, rows, benchmark.COLUMNS)
+
+
+@contextmanager
+def _reporting(
+    options: argparse.Namespace, columns: Sequence[str]
+) -> Iterator[list[dict[str, Any]]]:
+    """A list for the rows of a benchmark, which are reported at its end.
+
+    Be it that of an error or of Ctrl-C: what took minutes to measure is not lost.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        yield rows
+    finally:
+        if rows:
+            _report(options, rows, columns)
 
 
 def _report(
