@@ -26,6 +26,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch import Tensor
@@ -464,8 +465,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--estimation-budgets", type=float, nargs="+",
                         default=[0.0, 0.05, 0.1, 0.232, 0.5, 1.0])  # fmt: skip
     options = parser.parse_args(arguments)
-    # The same picture is the same file, whenever it is drawn.
+    # The same picture is the same file, whenever and wherever it is drawn: with matplotlib's own
+    # DejaVu Sans, not that of another version which the machine may have.
     matplotlib.rcParams.update({"svg.hashsalt": "retro_ops", "svg.fonttype": "path"})
+    fonts = font_manager.fontManager
+    fonts.ttflist = [font for font in fonts.ttflist if font.name != "DejaVu Sans"]
+    for file in Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVuSans*.ttf"):
+        fonts.addfont(file)
     for name in options.only:
         figure = FIGURES[name](options)
         if figure is None:
