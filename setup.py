@@ -25,6 +25,7 @@ from torch.utils.cpp_extension import (
 )
 
 ROOT = Path(__file__).parent
+RUNNER = (ROOT / "csrc" / "runner").resolve()
 # One binary for torch 2.11 and later: only the stable ABI of that version is used.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 STANDARD = "-std=c++20"
@@ -120,7 +121,7 @@ class BuildRunner(Command):
     ]
 
     def initialize_options(self) -> None:
-        self.main = str(ROOT / "csrc" / "runner" / "main.cpp")
+        self.main = str(RUNNER / "main.cpp")
         self.output = str(ROOT / "build" / "retro_runner")
 
     def finalize_options(self) -> None:
@@ -142,14 +143,14 @@ class BuildRunner(Command):
                 cuda += ["-DRETRO_RUNNER_CUDA", "-isystem", str(headers)]
         folders = library_paths("cpu")
         Path(self.output).parent.mkdir(parents=True, exist_ok=True)
-        own = Path(self.main) == (ROOT / "csrc" / "runner" / "main.cpp").resolve()
-        strict = ["-Wall", "-Wextra", "-Werror"] if own else []
+        sources = [path for path in RUNNER.glob("*.cpp") if path.name != "main.cpp"]
+        ours = Path(self.main) == RUNNER / "main.cpp"
+        strict = ["-Wall", "-Wextra", "-Werror"] if ours else []
         command = [
             *shlex.split(os.environ.get("CXX", "c++")),
             *("-O2", "-g0", STANDARD, *strict, *system_headers("cpu")),
             *cuda,
-            *(f"-I{ROOT / 'csrc' / 'runner'}", self.main),
-            *(name for name in csrc("runner/*.cpp") if not name.endswith("/main.cpp")),
+            *(f"-I{RUNNER}", self.main, *map(str, sorted(sources))),
             *("-o", self.output),
             *(f"-L{folder}" for folder in folders),
             *(f"-Wl,-rpath,{folder}" for folder in folders),

@@ -442,16 +442,16 @@ def run(
     """
     if plot is not None:
         import_pyplot()
+    lengths = {name: contexts or [CONTEXTS.get(name, 16384)] for name in traces}
     for name in traces:
         if name not in MADE:
-            longest = max(contexts or [CONTEXTS.get(name, 16384)])
-            check_model(name, longest + steps, others=MADE)
+            check_model(name, max(lengths[name]) + steps, others=MADE)
     facts = machine.facts(torch.device("cpu"))
     on_gpu = device.type == "cuda" and "layer" in traces
     hbm_gb_per_s = machine.copy_gb_per_s(device) if on_gpu else 0.0
     curves: dict[str, dict[str, Tensor]] = {}
     for name in traces:
-        for context in contexts or [CONTEXTS.get(name, 16384)]:
+        for context in lengths[name]:
             if name == "layer" and device.type == "cuda":
                 for rows, stay in itertools.product(batch_sizes, overlaps):
                     figures = []

@@ -168,8 +168,7 @@ def make_prompt(model: PreTrainedModel, name: str, rows: int, tokens: int) -> Te
         )
         return torch.cat((body, questions[:, 0]), dim=1)
     if name not in SHAPES:
-        tokenizer = load_tokenizer(name)
-        return torch.cat([token_ids(tokenizer, "prose", tokens, seed=row) for row in range(rows)])
+        return token_ids(load_tokenizer(name), "prose", tokens, rows=rows)
     generator = torch.Generator().manual_seed(1)
     return torch.randint(1, model.config.vocab_size, (rows, tokens), generator=generator)
 
@@ -350,27 +349,25 @@ def _case(
     _free(device)
     progress(f"a compiled step took {milliseconds:.3f} ms; running eager Python")
 
-    def eager(what: str, state: dict[str, Tensor] | None) -> Tensor | None:
+    def eager(
+        what: str, made: Callable[[], PreTrainedModel], state: dict[str, Tensor] | None
+    ) -> Tensor | None:
         """None, with a note, where there is no room: what is known by then is not lost."""
         try:
-            return _eager(model, new_cache(), ids, ran.tokens, state)
+            return _eager(made(), new_cache(), ids, ran.tokens, state)
         except (MemoryError, RuntimeError) as no_memory:
             notes.append(f"{what} {memory_note(no_memory)}")
             return None
 
     # In float32 it goes on from the same clusters: there is no budget for others.
-    of_eager = eager("eager", prompt_state if dtype == torch.float32 else None)
-    del prompt_state
+    same = prompt_state if dtype == torch.float32 else None
+    of_eager = eager("eager", lambda: model, same)
+    del prompt_state, same
     of_float32 = None
     if exact and dtype != torch.float32:
         progress("running in float32")
         _free(device)
-        try:
-            model.float()
-        except RuntimeError as no_memory:
-            notes.append(f"float32 {memory_note(no_memory)}")
-        else:
-            of_float32 = eager("float32", None)
+        of_float32 = eager("float32", model.float, None)
 
     wrong = []
     package_gap = worst_gap(of_package, ran.tokens)

@@ -66,12 +66,7 @@ def run(
     model = load_model(model_name, dtype=dtype, device=device)
     check_length(model.config, max(contexts) + positions + 1)
     for context in contexts:
-        ids = torch.cat(
-            [
-                input_ids(model_name, text, context, positions + 1, seed=seed)
-                for seed in range(batch_size)
-            ]
-        ).to(device)
+        ids = input_ids(model_name, text, context, positions + 1, rows=batch_size).to(device)
         case = {
             "model": model_name,
             "text": "records" if is_recall(model_name) else text,

@@ -173,9 +173,7 @@ def load(
     elif is_recall(name):
         ids = make_task(tokens, tokens // 16, 1, batch_size=rows).body
     else:
-        tokenizer = load_tokenizer(name)
-        texts = [token_ids(tokenizer, "prose", tokens, seed=seed) for seed in range(rows)]
-        ids = torch.cat(texts)
+        ids = token_ids(load_tokenizer(name), "prose", tokens, rows=rows)
     return model, ids.to(device)
 
 

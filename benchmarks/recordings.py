@@ -83,26 +83,39 @@ def text_of(name: str, seed: int) -> Callable[[], str]:
     return lambda: parts[next(place) % len(parts)]
 
 
-def token_ids(tokenizer: Any, name: str, tokens: int, *, seed: int = 0) -> Tensor:
-    """The first `tokens` tokens of a text, `[1, tokens]` int64; see `text_of`."""
-    part = text_of(name, seed)
-    text: list[str] = []
-    ids: list[int] = []
-    while len(ids) < tokens:
-        # A part has a few tokens at least.
-        text += [part() for _ in range(max((tokens - len(ids)) // 64, 16))]
-        ids = tokenizer("\n\n".join(text)).input_ids
-    return torch.tensor([ids[:tokens]])
+def token_ids(tokenizer: Any, name: str, tokens: int, *, rows: int = 1, seed: int = 0) -> Tensor:
+    """The first `tokens` tokens of a text, `[rows, tokens]` int64; see `text_of`.
+
+    Row r is of the seed r further on: each has another text.
+    """
+
+    def row(seed: int) -> list[int]:
+        part = text_of(name, seed)
+        text: list[str] = []
+        ids: list[int] = []
+        while len(ids) < tokens:
+            # A part has a few tokens at least.
+            text += [part() for _ in range(max((tokens - len(ids)) // 64, 16))]
+            ids = tokenizer("\n\n".join(text)).input_ids
+        return ids[:tokens]
+
+    return torch.tensor([row(seed + r) for r in range(rows)])
 
 
-def input_ids(model_name: str, text: str, context: int, following: int, *, seed: int = 0) -> Tensor:
-    """What a model reads, `[1, context + following]`: a recall model's records, then questions and
-    answers; any other model a text."""
-    if is_recall(model_name):
-        task = make_task(context, max(context // 16, 1), -(-following // 5), seed=seed)
+def input_ids(
+    model_name: str, text: str, context: int, following: int, *, rows: int = 1, seed: int = 0
+) -> Tensor:
+    """What a model reads, `[rows, context + following]`: a recall model's records, then questions
+    and answers; any other model a text. Rows are as in `token_ids`."""
+    if not is_recall(model_name):
+        tokenizer = load_tokenizer(model_name)
+        return token_ids(tokenizer, text, context + following, rows=rows, seed=seed)
+    read = []
+    for r in range(rows):
+        task = make_task(context, max(context // 16, 1), -(-following // 5), seed=seed + r)
         asked = torch.cat((task.questions, task.answers), dim=2).flatten(1)
-        return torch.cat((task.body, asked[:, :following]), dim=1)
-    return token_ids(load_tokenizer(model_name), text, context + following, seed=seed)
+        read.append(torch.cat((task.body, asked[:, :following]), dim=1))
+    return torch.cat(read)
 
 
 def record(
@@ -127,9 +140,9 @@ def record(
     Raises:
         ValueError: the model reads fewer tokens.
     """
-    check_model(model_name, context + queries)
     progress(f"loading {model_name}", 0, 2)
     model = load_model(model_name, dtype=torch.float32, device="cpu")
+    check_length(model.config, context + queries)
     ids = input_ids(model_name, text, context, queries, seed=seed)
     progress(f"{model_name} reads {ids.shape[1]:,} tokens", 1, 2)
     taken: list[tuple[int, Tensor, Tensor, Tensor, float]] = []

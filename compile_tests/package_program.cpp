@@ -8,7 +8,6 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -81,8 +80,10 @@ int main(int count, char** words) {
     {
       retro::Package package(words[1], "");
       tokens = generate(package, prompt);
-      // Another one on the same thread, which comes and goes, changes nothing.
-      generate(*std::make_unique<retro::Package>(words[1], ""), {1, 2});
+      {  // Another one on the same thread, which comes and goes, changes nothing.
+        retro::Package other(words[1], "");
+        generate(other, {1, 2});
+      }
       if (generate(package, prompt) != tokens) return 1;
     }
     for (const int64_t token : tokens) std::printf("%lld ", static_cast<long long>(token));
