@@ -214,6 +214,25 @@ def mass_by_element(index: Index) -> Tensor:
     return index.center + index.log_size + (index.scale**2 / 2 * spread).log1p()
 
 
+def mass_of_rounded_keys(index: Index, bits: int, share: int = 0) -> Tensor:
+    """With mean keys as integers, or in `torch.float8_e4m3fn` where `bits` is 0.
+
+    Args:
+        share: elements in a row that share a scale, 0: all of a key. A scale has 16 bits.
+    """
+    keys = index.mean_keys.unflatten(2, (-1, share or index.mean_keys.shape[2]))
+    largest = 2 ** (bits - 1) - 1 if bits else torch.finfo(torch.float8_e4m3fn).max
+    scale = (keys.abs().amax(dim=3, keepdim=True).clamp(min=1e-30) / largest).bfloat16().float()
+    scaled = keys / scale
+    rounded = (
+        scaled.round().clamp(-largest, largest)
+        if bits
+        else scaled.clamp(-largest, largest).to(torch.float8_e4m3fn).float()
+    )
+    center = index.scale * index.queries @ (rounded * scale).flatten(2)[:, None].transpose(2, 3)
+    return center + index.log_size + index.spread.log1p()
+
+
 def calibration(index: Index) -> Tensor:
     """The factor on the spread with the best total masses of the last prompt queries `[H, G]`.
 
@@ -613,6 +632,19 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "oracle: exact mass, default's ranking": _with(
             score=lambda index: by_mass(mass(index)), log_mass=Index.masses
         ),
+    },
+    "mean keys": {
+        f"{name}{given}": _with(
+            log_mass=functools.partial(mass_of_rounded_keys, bits=bits, share=share), extra=saved
+        )
+        for name, bits, share, extra in (
+            ("8 bits, a scale for each", 8, 0, -0.5 + 1 / 128),
+            ("float8, a scale for each", 0, 0, -0.5 + 1 / 128),
+            ("8 bits, a scale for 32 elements", 8, 32, -0.5 + 1 / 32),
+            ("6 bits, a scale for 32 elements", 6, 32, -5 / 8 + 1 / 32),
+            ("4 bits, a scale for 32 elements", 4, 32, -3 / 4 + 1 / 32),
+        )
+        for given, saved in (("", extra), (", its bytes not spent", 0.0))
     },
     "tail": {
         "none": _with(tail="none"),
