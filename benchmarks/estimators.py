@@ -637,6 +637,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         f"{name}{given}": _with(
             log_mass=functools.partial(mass_of_rounded_keys, bits=bits, share=share), extra=saved
         )
+        # Mean keys have 16 bits elsewhere, and so has a scale; D as of Llama's.
         for name, bits, share, extra in (
             ("8 bits, a scale for each", 8, 0, -0.5 + 1 / 128),
             ("float8, a scale for each", 0, 0, -0.5 + 1 / 128),
