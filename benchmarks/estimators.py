@@ -80,12 +80,10 @@ class Index:
         self.value_variances = (self.sum_by_cluster(difference.square()) / count).sum(dim=2)
         self.mean_value = self.values.mean(dim=1)  # [H, D]
 
-        self.logit = self.scale * self.queries @ keys[:, None].transpose(2, 3)  # [H, G, S, N]
+        self.logit = self.logits_of(self.queries, keys)  # [H, G, S, N]
         total = recording.prompt + steps
         steady = torch.cat((torch.arange(first), torch.arange(last, total)))
-        steady_logit = (
-            self.scale * self.queries @ recording.keys[0, :, steady][:, None].transpose(2, 3)
-        )
+        steady_logit = self.logits_of(self.queries, recording.keys[0, :, steady])
         unseen = steady > recording.prompt + torch.arange(steps)[:, None]  # [S, W]
         steady_logit = steady_logit.masked_fill(unseen, -torch.inf)
         self.lse = torch.logaddexp(self.logit.logsumexp(dim=3), steady_logit.logsumexp(dim=3))
@@ -95,7 +93,7 @@ class Index:
         self.weight = (self.logit - self.lse[..., None]).exp()
         self.exact = self.weight @ self.values[:, None] + self.steady_sum
 
-        self.center = self.scale * self.queries @ self.mean_keys[:, None].transpose(2, 3)
+        self.center = self.logits_of(self.queries, self.mean_keys)  # [H, G, S, C]
         log_size = self.sizes.log()[:, None, None]
         self.log_size = log_size  # -inf: no tokens
         self.spread = self.spread_of(self.queries)  # [H, G, S, C]
@@ -109,6 +107,10 @@ class Index:
         """`[H, C, any]` to `[H, N, any]`."""
         index = self.cluster[..., None].expand(-1, -1, clusters.shape[2])
         return clusters.gather(1, index)
+
+    def logits_of(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Queries `[H, G, any, D]` times keys `[H, more, D]`: `[H, G, any, more]`."""
+        return self.scale * queries @ keys[:, None].transpose(2, 3)
 
     def spread_of(self, queries: Tensor) -> Tensor:
         """The spread of `wave_estimate` for queries `[H, G, any, D]`."""
@@ -193,9 +195,10 @@ def _plain(keys: Tensor, config: RetroConfig, *, by_distance: bool) -> Tensor:
 # ---- masses, `[H, G, S, C]`, natural logarithms
 
 
-def mass(index: Index, factor: float | Tensor = 1.0) -> Tensor:
-    """The default: the spread damped by log1p; `factor` on the spread."""
-    return index.center + index.log_size + (factor * index.spread).log1p()
+def mass(index: Index, factor: float | Tensor = 1.0, center: Tensor | None = None) -> Tensor:
+    """The default: the spread damped by log1p; `factor` on the spread, `center` for the index's."""
+    center = index.center if center is None else center
+    return center + index.log_size + (factor * index.spread).log1p()
 
 
 def mass_of_mean(index: Index) -> Tensor:
@@ -223,14 +226,9 @@ def mass_of_rounded_keys(index: Index, bits: int, share: int = 0) -> Tensor:
     keys = index.mean_keys.unflatten(2, (-1, share or index.mean_keys.shape[2]))
     largest = 2 ** (bits - 1) - 1 if bits else torch.finfo(torch.float8_e4m3fn).max
     scale = (keys.abs().amax(dim=3, keepdim=True).clamp(min=1e-30) / largest).bfloat16().float()
-    scaled = keys / scale
-    rounded = (
-        scaled.round().clamp(-largest, largest)
-        if bits
-        else scaled.clamp(-largest, largest).to(torch.float8_e4m3fn).float()
-    )
-    center = index.scale * index.queries @ (rounded * scale).flatten(2)[:, None].transpose(2, 3)
-    return center + index.log_size + index.spread.log1p()
+    scaled = (keys / scale).clamp(-largest, largest)
+    rounded = scaled.round() if bits else scaled.to(torch.float8_e4m3fn).float()
+    return mass(index, center=index.logits_of(index.queries, (rounded * scale).flatten(2)))
 
 
 def calibration(index: Index) -> Tensor:
@@ -246,8 +244,8 @@ def calibration(index: Index) -> Tensor:
     keys = index.recording.keys[0, :, config.sink_tokens : -config.local_tokens]
     keys = keys[:, : index.cluster.shape[1]]
     # In cluster order the logits would need the keys again; totals do not.
-    exact = (index.scale * queries @ keys[:, None].transpose(2, 3)).logsumexp(dim=3)
-    center = index.scale * queries @ index.mean_keys[:, None].transpose(2, 3) + index.log_size
+    exact = index.logits_of(queries, keys).logsumexp(dim=3)
+    center = index.logits_of(queries, index.mean_keys) + index.log_size
     spread = index.spread_of(queries)
     errors = torch.stack(
         [
@@ -635,17 +633,18 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     },
     "mean keys": {
         f"{name}{given}": _with(
-            log_mass=functools.partial(mass_of_rounded_keys, bits=bits, share=share), extra=saved
+            log_mass=functools.partial(mass_of_rounded_keys, bits=bits, share=share),
+            # Mean keys have 16 bits elsewhere, and so has a scale; D as of Llama's.
+            extra=((bits or 8) / 16 - 1 + 1 / (share or 128)) * spent,
         )
-        # Mean keys have 16 bits elsewhere, and so has a scale; D as of Llama's.
-        for name, bits, share, extra in (
-            ("8 bits, a scale for each", 8, 0, -0.5 + 1 / 128),
-            ("float8, a scale for each", 0, 0, -0.5 + 1 / 128),
-            ("8 bits, a scale for 32 elements", 8, 32, -0.5 + 1 / 32),
-            ("6 bits, a scale for 32 elements", 6, 32, -5 / 8 + 1 / 32),
-            ("4 bits, a scale for 32 elements", 4, 32, -3 / 4 + 1 / 32),
+        for name, bits, share in (
+            ("8 bits, a scale for each", 8, 0),
+            ("float8, a scale for each", 0, 0),
+            ("8 bits, a scale for 32 elements", 8, 32),
+            ("6 bits, a scale for 32 elements", 6, 32),
+            ("4 bits, a scale for 32 elements", 4, 32),
         )
-        for given, saved in (("", extra), (", its bytes not spent", 0.0))
+        for given, spent in (("", True), (", its bytes not spent", False))
     },
     "tail": {
         "none": _with(tail="none"),
