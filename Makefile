@@ -32,7 +32,7 @@ DOCUMENTED := retro_ops retro_ops.testing retro_ops.models !retro_ops.models.spr
 LAYOUT := $(VENV)/layout/retro_ops
 ROOMS = $(filter-out %.so %/__pycache__,$(wildcard retro_ops/*)) $(wildcard models benchmarks)
 
-.PHONY: demo test test-gpu test-wheel bench runner docs lint format wheel check-wheel clean
+.PHONY: demo test test-gpu test-wheel bench runner docs lint format wheel check-wheel check-cuda clean
 
 demo: $(LIBRARY)
 	$(PY) -m retro_ops demo --model recall --compile $(ARGS)
@@ -91,6 +91,10 @@ check-wheel: wheel
 	$(PY) -m abi3audit --strict dist/*.whl
 	$(PY) -m auditwheel show dist/*.whl
 	$(PY) -m twine check --strict dist/*.whl
+
+# The CUDA kernels for compute capabilities 8.0 and 9.0, where there is nvcc: a GPU is not needed.
+check-cuda: $(VENV)/.installed
+	$(PY) setup.py --quiet check_cuda
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info retro_ops/*.so

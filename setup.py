@@ -1,6 +1,7 @@
 """Builds the op libraries: CPU kernels always, CUDA kernels where there are CUDA and a .cu source.
 
-`setup.py build_runner` builds the program that runs exported models without Python.
+`setup.py build_runner` builds the program that runs exported models without Python, `check_cuda`
+compiles the CUDA kernels without a GPU.
 
 Everything else about the package is in pyproject.toml.
 """
@@ -8,13 +9,16 @@ Everything else about the package is in pyproject.toml.
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import warnings
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from setuptools import Command, Extension, find_packages, setup
-from setuptools.errors import OptionError
+from setuptools.errors import CompileError, ExecError, OptionError
 from torch.utils.cpp_extension import (
     CUDA_HOME,
     BuildExtension,
@@ -162,6 +166,46 @@ class BuildRunner(Command):
         subprocess.run(command, cwd=ROOT, check=True)
 
 
+class CheckCuda(Command):
+    """Compiles the CUDA sources for the oldest GPUs that they are for and for the H100.
+
+    It takes nvcc, and any torch; no GPU. Names the kernels for which ptxas spills registers.
+    """
+
+    description = "compile the CUDA sources on a machine without a GPU"
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        nvcc = shutil.which("nvcc", path=CUDA_HOME and f"{CUDA_HOME}/bin") or shutil.which("nvcc")
+        if nvcc is None:
+            raise ExecError("check_cuda compiles with nvcc, and there is none in PATH or CUDA_HOME")
+        command = [nvcc, *NVCC_FLAGS, STABLE_ABI, *system_headers("cpu"), "-Werror=all-warnings"]
+        command += ["-Xptxas=-v", "-gencode=arch=compute_80,code=sm_80"]
+        command += ["-gencode=arch=compute_90,code=sm_90", "-c", "-o", os.devnull]
+
+        def compile_one(source: str) -> tuple[str, subprocess.CompletedProcess[str]]:
+            output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            return source, subprocess.run([*command, source], cwd=ROOT, check=False, **output)
+
+        spills = r"entry function '(\S+)' for '(\S+)'\n.*\n.* (\d+) bytes spill stores"
+        failed = []
+        with ThreadPool(os.cpu_count()) as pool:
+            for source, done in pool.imap_unordered(compile_one, csrc("*.cu")):
+                print(source, "compiles" if done.returncode == 0 else f"fails:\n{done.stdout}")
+                failed += [source] * (done.returncode != 0)
+                for kernel, gpu, count in re.findall(spills, done.stdout):
+                    if int(count):
+                        print(f"  {kernel} for {gpu} spills {count} bytes")
+        if failed:
+            raise CompileError(f"these do not compile: {', '.join(failed)}")
+
+
 packages = find_packages(include=["retro_ops", "retro_ops.*"])
 package_dir = {}
 # Rooms at the top of the checkout that are installed inside the package.
@@ -180,6 +224,10 @@ setup(
         "retro_ops.models": [f"recall/**/*.{kind}" for kind in ("json", "md", "safetensors")],
     },
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildLibraries, "build_runner": BuildRunner},
+    cmdclass={
+        "build_ext": BuildLibraries,
+        "build_runner": BuildRunner,
+        "check_cuda": CheckCuda,
+    },
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -80,7 +80,9 @@ __device__ __forceinline__ uint32_t* keys() {
 // The blocks that choose together for one (row, head).
 struct Cluster {
   bool several;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   groups_of_threads::cluster_group group = groups_of_threads::this_cluster();
+#endif
 
   __device__ __forceinline__ explicit Cluster(int blocks) : several(blocks > 1) {}
 
