@@ -182,26 +182,35 @@ class CheckCuda(Command):
         pass
 
     def run(self) -> None:
-        nvcc = shutil.which("nvcc", path=CUDA_HOME and f"{CUDA_HOME}/bin") or shutil.which("nvcc")
+        # torch's CUDA_HOME is None in a build without CUDA, whatever the environment says.
+        homes = [f"{os.environ['CUDA_HOME']}/bin"] if "CUDA_HOME" in os.environ else []
+        nvcc = shutil.which("nvcc", path=os.pathsep.join([*homes, os.environ["PATH"]]))
         if nvcc is None:
             raise ExecError("check_cuda compiles with nvcc, and there is none in PATH or CUDA_HOME")
         command = [nvcc, *NVCC_FLAGS, STABLE_ABI, *system_headers("cpu"), "-Werror=all-warnings"]
         command += ["-Xptxas=-v", "-gencode=arch=compute_80,code=sm_80"]
         command += ["-gencode=arch=compute_90,code=sm_90", "-c", "-o", os.devnull]
 
-        def compile_one(source: str) -> tuple[str, subprocess.CompletedProcess[str]]:
-            output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            return source, subprocess.run([*command, source], cwd=ROOT, check=False, **output)
+        def compile_one(source: str) -> tuple[str, bool, str]:
+            done = subprocess.run(
+                [*command, source],
+                cwd=ROOT,
+                check=False,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            return source, done.returncode == 0, done.stdout
 
-        spills = r"entry function '(\S+)' for '(\S+)'\n.*\n.* (\d+) bytes spill stores"
+        spills = r"entry function '(\S+)' for '(\S+)'\n.*\n.* ([1-9]\d*) bytes spill stores"
         failed = []
         with ThreadPool(os.cpu_count()) as pool:
-            for source, done in pool.imap_unordered(compile_one, csrc("*.cu")):
-                print(source, "compiles" if done.returncode == 0 else f"fails:\n{done.stdout}")
-                failed += [source] * (done.returncode != 0)
-                for kernel, gpu, count in re.findall(spills, done.stdout):
-                    if int(count):
-                        print(f"  {kernel} for {gpu} spills {count} bytes")
+            for source, compiles, output in pool.imap_unordered(compile_one, csrc("*.cu")):
+                if not compiles:
+                    failed.append(source)
+                print(source, "compiles" if compiles else f"fails:\n{output}")
+                for kernel, gpu, count in re.findall(spills, output):
+                    print(f"  {kernel} for {gpu} spills {count} bytes")
         if failed:
             raise CompileError(f"these do not compile: {', '.join(failed)}")
 
