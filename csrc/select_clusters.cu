@@ -1,14 +1,10 @@
 #include "select_clusters.h"
 
-#include <cooperative_groups.h>
-
 #include "select_few_cuda.h"
 #include "select_keys_cuda.h"
 
 namespace retro {
 namespace {
-
-namespace groups_of_threads = cooperative_groups;
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
@@ -19,7 +15,6 @@ constexpr uint32_t kCountedRanks = 2048;
 constexpr int kLanesPerRank = 8;
 // Of a (row, head) with more clusters, several processors choose together.
 constexpr int64_t kBlockKeys = 16384;
-constexpr int64_t kMostBlocks = 8;  // of a portable thread block cluster
 constexpr int kAhead = 8;           // scores of a thread that are under way
 constexpr int kTogether = 4;        // keys of a thread that are looked at together
 
@@ -76,40 +71,6 @@ __device__ __forceinline__ uint32_t* keys() {
   if constexpr (kInShared) return reinterpret_cast<uint32_t*>(words() + state().block_keys / 32);
   else return state().far_keys;
 }
-
-// The blocks that choose together for one (row, head).
-struct Cluster {
-  bool several;
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  groups_of_threads::cluster_group group = groups_of_threads::this_cluster();
-#endif
-
-  __device__ __forceinline__ explicit Cluster(int blocks) : several(blocks > 1) {}
-
-  __device__ __forceinline__ void sync() const {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (several) {
-      group.sync();
-      return;
-    }
-#endif
-    __syncthreads();
-  }
-  __device__ __forceinline__ unsigned rank() const {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (several) return group.block_rank();
-#endif
-    return 0;
-  }
-  // The same variable in another block's shared memory.
-  template <typename T>
-  __device__ __forceinline__ T* in_block(T* variable, unsigned block) const {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (several) return group.map_shared_rank(variable, block);
-#endif
-    return variable;
-  }
-};
 
 // Sums over the threads of a block, in their order; each thread gets the sum of those before it.
 __device__ __forceinline__ uint32_t sum_before(uint32_t own, uint32_t& total) {
@@ -710,30 +671,41 @@ struct Plan {
   bool in_shared;
 };
 
-// The kernel for few clusters that takes them with the fewest keys to a thread; 0 if none does.
-int few_keys(const Launcher& launch, const SelectParams& params) {
-  if (params.max_retrieved > kFewRetrieved) return 0;
+// How select_few_kernel takes clusters: keys to a thread, in how many blocks; 0: it does not.
+struct FewPlan {
+  int keys;
+  int64_t blocks;
+};
+
+FewPlan plan_few(const Launcher& launch, const SelectParams& params) {
   const int64_t norm_bytes = ceil_div(params.groups, 4) * 16, most = launch.shared_bytes();
-  const auto fits = [&](int keys, size_t bytes) {
-    return params.clusters <= int64_t{kFewThreads} * keys &&
+  const auto fits = [&](int keys, bool several, int64_t blocks, size_t bytes) {
+    return params.clusters <= blocks * kFewThreads * keys &&
+        params.max_retrieved <= few_retrieved(several) &&
         static_cast<int64_t>(bytes) + norm_bytes <= most;
   };
-  return fits(8, sizeof(Few<8>))  ? 8
-      : fits(16, sizeof(Few<16>)) ? 16
-      : fits(32, sizeof(Few<32>)) ? 32
-                                  : 0;
+  if (fits(8, false, 1, sizeof(Few<8, false>))) return {8, 1};
+  if (fits(16, false, 1, sizeof(Few<16, false>))) return {16, 1};
+  if (fits(32, false, 1, sizeof(Few<32, false>))) return {32, 1};
+  if (!launch.hopper()) return {0, 0};
+  for (int64_t blocks = 2; blocks <= kMostBlocks; blocks *= 2) {
+    if (fits(16, true, blocks, sizeof(Few<16, true>))) return {16, blocks};
+  }
+  if (fits(32, true, kMostBlocks, sizeof(Few<32, true>))) return {32, kMostBlocks};
+  return {0, 0};
 }
 
-template <int kKeys>
-void launch_few(const Launcher& launch, const SelectParams& params) {
+template <int kKeys, bool kSeveral>
+void launch_few(const Launcher& launch, const SelectParams& params, int64_t blocks) {
   const auto run = [&](auto kernel) {
     launch(
-        kernel, grid_of(params.batch * params.heads), kFewThreads,
-        static_cast<int64_t>(sizeof(Few<kKeys>)) + ceil_div(params.groups, 4) * 16, 1, params);
+        kernel, grid_of(params.batch * params.heads * blocks), kFewThreads,
+        static_cast<int64_t>(sizeof(Few<kKeys, kSeveral>)) + ceil_div(params.groups, 4) * 16,
+        blocks, params, static_cast<int32_t>(blocks));
   };
-  if (params.groups == 4) run(select_few_kernel<kKeys, 4>);
-  else if (params.groups == 8) run(select_few_kernel<kKeys, 8>);
-  else run(select_few_kernel<kKeys, 0>);
+  if (params.groups == 4) run(select_few_kernel<kKeys, 4, kSeveral>);
+  else if (params.groups == 8) run(select_few_kernel<kKeys, 8, kSeveral>);
+  else run(select_few_kernel<kKeys, 0, kSeveral>);
 }
 
 Plan plan_select(const Launcher& launch, const SelectParams& params) {
@@ -781,11 +753,15 @@ void select_clusters(
     const Workspace& workspace,
     const SelectSpace& space,
     SelectParams& params) {
-  switch (few_keys(launch, params)) {
-    case 8: return launch_few<8>(launch, params);
-    case 16: return launch_few<16>(launch, params);
-    case 32: return launch_few<32>(launch, params);
-    default: break;
+  const FewPlan few = plan_few(launch, params);
+  if (few.blocks == 1) {
+    if (few.keys == 8) return launch_few<8, false>(launch, params, 1);
+    if (few.keys == 16) return launch_few<16, false>(launch, params, 1);
+    return launch_few<32, false>(launch, params, 1);
+  }
+  if (few.blocks > 1) {
+    if (few.keys == 16) return launch_few<16, true>(launch, params, few.blocks);
+    return launch_few<32, true>(launch, params, few.blocks);
   }
   const Plan plan = plan_select(launch, params);
   params.keys = workspace.at<uint32_t>(space.keys);

@@ -1,6 +1,11 @@
-// Chooses among so few clusters that one block of few threads holds all they need: the same choice as
-// select_kernel's, in a third of its instructions. Its code runs straight through, once, so short code
-// counts for as much as few instructions.
+// Chooses among so few clusters that one block of few threads, or the blocks of a thread block cluster, hold
+// all they need in shared memory: the same choice as select_kernel's, in a third of its instructions. Its
+// code runs straight through, once, so short code counts for as much as few instructions.
+//
+// Several blocks share out the clusters. They wait for each other six times: with their keys counted; with
+// the counts of all added up, a part of the bins by each; with the bins found in which retrieved and
+// estimated clusters end; with the clusters of those bins, and all before them, in the memory of the first
+// block; with the thresholds that it finds there; with the number of estimated clusters of each.
 #pragma once
 
 #include "select_keys_cuda.h"
@@ -10,27 +15,33 @@ namespace retro {
 constexpr int kFewThreads = 512;
 constexpr int kFewBlocks = 2;  // of a processor, so that one may start beside the last scores
 constexpr int kFewWarps = kFewThreads / 32;
-constexpr int64_t kFewRetrieved = kFewThreads;  // a thread for each
+// Retrieved clusters at most: of one block a thread has one.
+RETRO_HOST_DEVICE constexpr int few_retrieved(bool several) {
+  return several ? 5 * kFewThreads : kFewThreads;
+}
 constexpr int kSpanBins = kBins / 32;           // a span of bins for each lane
 constexpr int kWarpSpans = 32 / kFewWarps;
 constexpr int kRankLanes = 8;  // that compare one candidate with the others
 
 // Threads of a block share this; norms, [G], lie behind it.
-template <int kKeys>
+template <int kKeys, bool kSeveral>
 struct alignas(16) Few {
+  static constexpr int kRetrieved = few_retrieved(kSeveral);
   // Of keys by bin; then, up to the bin in which retrieved clusters end, how many keys lie before each bin
   // and, as `chosen` fills, before the next.
   uint32_t bins[kBins];
   // See exchanged(); at the end the ids of the estimated clusters.
   uint32_t keys[kFewThreads * kKeys];
-  int32_t offsets[kFewThreads * kKeys + 4];
+  int32_t offsets[kSeveral ? 4 : kFewThreads * kKeys + 4];
   // pair_of(id, key) of all that may be retrieved, in order of their bins.
-  uint64_t chosen[kFewRetrieved + kCandidates];
-  uint64_t candidates[kCandidates];                     // of the last estimated
-  int32_t tokens[kFewRetrieved], slots[kFewRetrieved];  // of the retrieved clusters, by rank
+  uint64_t chosen[kRetrieved + kCandidates];
+  uint64_t candidates[kCandidates];               // of the last estimated
+  int32_t tokens[kRetrieved], slots[kRetrieved];  // of the retrieved clusters, by rank
   uint32_t span_totals[32];                             // of bins
   uint32_t far_totals[kFewWarps], token_totals[kFewWarps];
   uint32_t half_totals[2][kFewWarps];
+  // Of each block: keys in its part of the bins, estimated clusters, and what half_totals come to.
+  uint32_t part_totals[kMostBlocks], far_parts[kMostBlocks], half_parts[2][kMostBlocks];
   Range ranges[2];         // in which retrieved, and estimated clusters end
   uint64_t thresholds[2];  // pair_of(id, key) of the last retrieved, and of the last estimated
   uint32_t chosen_count, candidate_count;
@@ -51,10 +62,10 @@ __device__ __forceinline__ int place_in_warp(int key) {
   return exchanged<kKeys>(key >> 5, key & 31);
 }
 
-// Sum of the first `warps` totals, at most 32.
-__device__ __forceinline__ uint32_t warps_before(const uint32_t* totals, int warps) {
+// Sum of the first `count` totals, at most 32.
+__device__ __forceinline__ uint32_t sum_of_first(const uint32_t* totals, int count) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  return __reduce_add_sync(kAllLanes, lane < warps ? totals[lane] : 0);
+  return __reduce_add_sync(kAllLanes, lane < count ? totals[lane] : 0);
 }
 
 // How many of every kStep-th entry from `first` on, before `end`, are smaller.
@@ -78,26 +89,34 @@ count_smaller(const uint64_t* entries, uint32_t first, uint32_t end, uint64_t th
 
 // pair_of(id, key) of the cluster of a range's rank, for ranges of too many candidates: halves the range of
 // keys until one is left, then that of ids.
-template <int kKeys>
-__device__ __noinline__ uint64_t find_by_halves(Range range) {
-  Few<kKeys>& shared = *reinterpret_cast<Few<kKeys>*>(shared_memory);
+template <int kKeys, bool kSeveral>
+__device__ __noinline__ uint64_t find_by_halves(Range range, int block, int blocks) {
+  using Shared = Few<kKeys, kSeveral>;
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+  const Cluster cluster(kSeveral ? 2 : 1);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+  const uint32_t first_id = static_cast<uint32_t>((block * kFewThreads + thread) * kKeys);
   int parity = 0;
-  __syncthreads();  // half_totals may be used again
+  cluster.sync();  // half_totals and half_parts may be used again
   const auto count = [&](auto holds) {
     uint32_t own = 0;
 #pragma unroll 4
     for (int k = 0; k < kKeys; ++k) {
       const uint32_t key = shared.keys[warp * 32 * kKeys + place_in_warp<kKeys>(lane * kKeys + k)];
-      own += holds(key, static_cast<uint32_t>(thread * kKeys + k));
+      own += holds(key, first_id + static_cast<uint32_t>(k));
     }
     own = __reduce_add_sync(kAllLanes, own);
     uint32_t* totals = shared.half_totals[parity];
+    uint32_t* parts = shared.half_parts[parity];
     parity ^= 1;
     if (lane == 0) totals[warp] = own;
     __syncthreads();
-    return warps_before(totals, kFewWarps);
+    const uint32_t total = sum_of_first(totals, kFewWarps);
+    if constexpr (!kSeveral) return total;
+    if (thread < blocks) *cluster.in_block(parts + block, thread) = total;
+    cluster.sync();
+    return sum_of_first(parts, blocks);
   };
   uint32_t low = range.low, high = range.high;
 #pragma unroll 1
@@ -109,7 +128,7 @@ __device__ __noinline__ uint64_t find_by_halves(Range range) {
   }
   const uint32_t rank =
       range.rank - count([&](uint32_t key, uint32_t) { return key - range.low < low - range.low; });
-  uint32_t first = 0, last = kFewThreads * kKeys - 1;
+  uint32_t first = 0, last = static_cast<uint32_t>(blocks * kFewThreads * kKeys) - 1;
 #pragma unroll 1
   while (first < last) {
     const uint32_t middle = (first + last) / 2;
@@ -121,23 +140,84 @@ __device__ __noinline__ uint64_t find_by_halves(Range range) {
   return pair_of(first, low);
 }
 
-// kGroups: G where it is 4 or 8, which come in chunks; 0 for any other.
-template <int kKeys, int kGroups>
-__global__ void __launch_bounds__(kFewThreads, kFewBlocks)
-    select_few_kernel(const __grid_constant__ SelectParams params) {
+// The bins in which retrieved and estimated clusters end, by all blocks: each adds up a part of the bins,
+// and tells all others what it finds there, and the first where the keys of its bins begin.
+template <typename Shared>
+__device__ __forceinline__ void find_bins_together(
+    Shared& shared, const Cluster& cluster, int block, int blocks) {
+  constexpr int kMostBins = kBins / 2 / kFewThreads;  // of a thread
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / 32, lane = thread % 32;
+  const int thread_bins = kBins / kFewThreads / blocks;
+  const int first_bin_of_thread = (block * kFewThreads + thread) * thread_bins;
+  const uint32_t ranks[2] = {shared.ranges[0].rank, shared.ranges[1].rank};
+  uint32_t counts[kMostBins], own = 0;
+#pragma unroll
+  for (int i = 0; i < kMostBins; ++i) {
+    counts[i] = 0;
+    if (i >= thread_bins) continue;
+    uint32_t some[kMostBlocks];
+#pragma unroll
+    for (int k = 0; k < static_cast<int>(kMostBlocks); ++k) {
+      some[k] = k < blocks ? *cluster.in_block(shared.bins + first_bin_of_thread + i, k) : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < static_cast<int>(kMostBlocks); ++k) counts[i] += some[k];
+    own += counts[i];
+  }
+  const uint32_t through = scan_warp(own);
+  if (lane == 31) shared.span_totals[warp] = through;
+  __syncthreads();
+  const uint32_t before_thread = sum_of_first(shared.span_totals, warp) + through - own;
+  const uint32_t total = sum_of_first(shared.span_totals, kFewWarps);
+  if (thread < blocks) *cluster.in_block(shared.part_totals + block, thread) = total;
+  cluster.sync();  // from here on bins and ranges change
+  uint32_t less = sum_of_first(shared.part_totals, block) + before_thread;
+#pragma unroll
+  for (int i = 0; i < kMostBins; ++i) {
+    if (i >= thread_bins) continue;
+    const int bin = first_bin_of_thread + i;
+    if (ranks[0] >= less) *cluster.in_block(shared.bins + bin, 0) = less;
+#pragma unroll 1
+    for (int n = 0; n < 2; ++n) {
+      const uint32_t rank = n == 0 ? ranks[0] : ranks[1];
+      if (rank - less >= counts[i]) continue;
+      Range range = {0, 0, rank - less, counts[i]};
+      cut_first(bin, range);
+#pragma unroll 1
+      for (int k = 0; k < blocks; ++k) *cluster.in_block(shared.ranges + n, k) = range;
+      if (n == 0) *cluster.in_block(&shared.chosen_count, 0) = less + counts[i];
+    }
+    less += counts[i];
+  }
+  cluster.sync();
+}
+
+// kGroups: G where it is 4 or 8, which come in chunks; 0 for any other. Where kSeveral, `blocks` blocks, a
+// power of two, choose together.
+template <int kKeys, int kGroups, bool kSeveral>
+__global__ void __launch_bounds__(kFewThreads, kSeveral && kKeys > 16 ? 1 : kFewBlocks)
+    select_few_kernel(const __grid_constant__ SelectParams params, int32_t blocks) {
   // A thread's clusters come in groups of four, two of which are under way.
   constexpr int kRows = 4, kBuffers = 2;
   static_assert(kKeys % (kRows * kBuffers) == 0);
   constexpr int kWidth = kGroups % 4 == 0 && kGroups > 0 ? 4 : 1;  // logits that come at once
   constexpr int kChunks = kKeys / 4;
-  Few<kKeys>& shared = *reinterpret_cast<Few<kKeys>*>(shared_memory);
+  using Shared = Few<kKeys, kSeveral>;
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+  const Cluster cluster(kSeveral ? 2 : 1);
   float* norms = reinterpret_cast<float*>(&shared + 1);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   release_successor();
-  const int task = static_cast<int>(blockIdx.x), b = task / static_cast<int>(params.heads);
+  if constexpr (!kSeveral) blocks = 1;
+  const int task = static_cast<int>(blockIdx.x) / blocks;
+  const int block = static_cast<int>(blockIdx.x) - task * blocks;
+  const int b = task / static_cast<int>(params.heads);
   const int groups = kGroups > 0 ? kGroups : static_cast<int>(params.groups);
-  const int clusters = static_cast<int>(params.clusters);
+  const int all_clusters = static_cast<int>(params.clusters);
+  // Of this block: its first cluster; what lies behind counts from there.
+  const int first = block * kFewThreads * kKeys, clusters = all_clusters - first;
   const Choice& choice = params.choice;
 #pragma unroll
   for (int i = 0; i < kBins / 4 / kFewThreads; ++i) {
@@ -153,7 +233,8 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
   if (warp == kFewWarps - 1) counted_clusters = choice.counters[b * kCounters + kClusters];
   // A warp reads clusters that follow each other, a row of 32 at a time.
   const int first_read = warp * 32 * kKeys + lane;
-  const float* ranked = params.ranked + (int64_t{task} * clusters + first_read) * groups;
+  const float* ranked =
+      params.ranked + (int64_t{task} * all_clusters + first + first_read) * groups;
   const bool whole = first_read - lane + 32 * kKeys <= clusters;
   float logits[kBuffers][kRows][kWidth];
   int fetched_row = 0, fetched_g = 0;
@@ -184,8 +265,8 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
   };
 #pragma unroll
   for (int buffer = 0; buffer < kBuffers; ++buffer) fetch(buffer);
-  if (choice.before != nullptr) {
-    const int32_t* all_offsets = params.offsets + int64_t{task} * (clusters + 1);
+  const int32_t* all_offsets = params.offsets + int64_t{task} * (all_clusters + 1);
+  if (!kSeveral && choice.before != nullptr) {
 #pragma unroll 4
     for (int i = thread; i <= clusters; i += kFewThreads) {
       copy_async_word(shared.offsets + i, all_offsets + i, true);
@@ -212,11 +293,11 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
     shared.ranges[1] = {0, 0, searched ? static_cast<uint32_t>(wanted) - 1 : ~0u, 0};
     shared.chosen_count = 0;
     shared.candidate_count = 0;
-    choice.estimated_counts[task] = budget.estimated;
+    if (block == 0) choice.estimated_counts[task] = budget.estimated;
   }
   __syncthreads();
 
-  const int live = shared.budget.live, retrieved = shared.budget.retrieved;
+  const int live = shared.budget.live - first, retrieved = shared.budget.retrieved;
   float scores[kRows];
   int g = 0;
 #pragma unroll 1
@@ -254,15 +335,17 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
     }
   }
   // From here on a thread's clusters follow each other.
-  const int first_id = thread * kKeys;
+  const int own_first = thread * kKeys, first_id = first + own_first;
   const auto own_keys = [&](int c, uint32_t (&keys)[4]) {
     const int at = place_in_warp<kKeys>(lane * kKeys + 4 * c);
     const uint4 four = *reinterpret_cast<const uint4*>(shared.keys + warp * 32 * kKeys + at);
     keys[0] = four.x, keys[1] = four.y, keys[2] = four.z, keys[3] = four.w;
   };
-  __syncthreads();
+  cluster.sync();
 
-  {  // The bins in which retrieved and estimated clusters end.
+  if constexpr (kSeveral) {
+    find_bins_together(shared, cluster, block, blocks);
+  } else {  // The bins in which retrieved and estimated clusters end.
     uint4 counts[kWarpSpans];
     uint32_t own[kWarpSpans], total[kWarpSpans];
     uint4* bins = reinterpret_cast<uint4*>(shared.bins) + warp * kWarpSpans * 32 + lane;
@@ -275,7 +358,7 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
     }
     const uint32_t near_rank = shared.ranges[0].rank, far_rank = shared.ranges[1].rank;
     __syncthreads();
-    uint32_t start = warps_before(shared.span_totals, warp * kWarpSpans);
+    uint32_t start = sum_of_first(shared.span_totals, warp * kWarpSpans);
 #pragma unroll
     for (int s = 0; s < kWarpSpans; start += total[s], ++s) {
       const bool has_near = near_rank >= start, has_far = far_rank - start < total[s];
@@ -310,12 +393,12 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
     const Range near_range = shared.ranges[0], far_range = shared.ranges[1];
     uint64_t limit = pair_of(~0u, near_range.high);
     if (near_range.count > kCandidates) {
-      limit = find_by_halves<kKeys>(near_range);
+      limit = find_by_halves<kKeys, kSeveral>(near_range, block, blocks);
       chosen_count = static_cast<uint32_t>(retrieved);
     }
     uint32_t far_low = far_range.low, far_width = far_range.high - far_range.low;
     if (far_range.count > kCandidates) {
-      const uint64_t found = find_by_halves<kKeys>(far_range);
+      const uint64_t found = find_by_halves<kKeys, kSeveral>(far_range, block, blocks);
       if (thread == 0) shared.thresholds[1] = found;
       far_low = far_width = 0;
     }
@@ -343,20 +426,26 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
     while (near_bits != 0) {
       const uint64_t own = take(near_bits);
       const int bin = first_bin(static_cast<uint32_t>(own >> 32));
-      shared.chosen[atomicAdd(&shared.bins[bin], 1u)] = own;
+      const uint32_t at = atomicAdd(cluster.in_block(shared.bins + bin, 0), 1u);
+      *cluster.in_block(shared.chosen + at, 0) = own;
     }
 #pragma unroll 1
     while (far_bits != 0) {
       const uint64_t own = take(far_bits);
-      shared.candidates[atomicAdd(&shared.candidate_count, 1u)] = own;
+      const uint32_t at = atomicAdd(cluster.in_block(&shared.candidate_count, 0), 1u);
+      *cluster.in_block(shared.candidates + at, 0) = own;
     }
-    wait_for_copies<0>();
-    __syncthreads();
+    if constexpr (!kSeveral) wait_for_copies<0>();
+    cluster.sync();
   }
 
   int32_t* ids =
       choice.retrieved == nullptr ? nullptr : choice.retrieved + task * params.max_retrieved;
-  {
+  if (block == 0) {
+    const auto tell = [&](int n, uint64_t threshold) {
+#pragma unroll 1
+      for (int k = 0; k < blocks; ++k) *cluster.in_block(shared.thresholds + n, k) = threshold;
+    };
     const uint32_t candidates = shared.candidate_count, far_rank = shared.ranges[1].rank;
     const uint32_t part = static_cast<uint32_t>(lane) % kRankLanes;
 #pragma unroll 1
@@ -369,7 +458,7 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
       for (int step = 1; step < kRankLanes; step *= 2) {
         smaller += __shfl_xor_sync(kAllLanes, smaller, step);
       }
-      if (c < candidates && part == 0 && smaller == far_rank) shared.thresholds[1] = own;
+      if (c < candidates && part == 0 && smaller == far_rank) tell(1, own);
     }
     // From the last warp on, which had the fewest candidates.
 #pragma unroll 1
@@ -381,14 +470,33 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
       const uint32_t first = bin > 0 ? shared.bins[bin - 1] : 0, end = shared.bins[bin];
       const uint32_t rank = first + count_smaller<1>(shared.chosen, first, end, own);
       if (rank >= static_cast<uint32_t>(retrieved)) continue;
-      if (rank + 1 == static_cast<uint32_t>(retrieved)) shared.thresholds[0] = own;
+      if (rank + 1 == static_cast<uint32_t>(retrieved)) tell(0, own);
       if (ids != nullptr) ids[rank] = static_cast<int32_t>(id);
       if (choice.before == nullptr) continue;
-      int32_t tokens;
-      shared.slots[rank] = slot_of(shared.offsets + id, choice.store_capacity, tokens);
-      shared.tokens[rank] = tokens;
+      if constexpr (kSeveral) {
+        shared.slots[rank] = static_cast<int32_t>(id);  // looked up while others go on
+      } else {
+        int32_t tokens;
+        shared.slots[rank] = slot_of(shared.offsets + id, choice.store_capacity, tokens);
+        shared.tokens[rank] = tokens;
+      }
     }
-    __syncthreads();
+  }
+  cluster.sync();
+
+  const bool places = choice.before != nullptr && block == 0;
+  if constexpr (kSeveral) {
+    if (places) {
+#pragma unroll
+      for (int k = 0; k < Shared::kRetrieved / kFewThreads; ++k) {
+        const int rank = k * kFewThreads + thread;
+        if (rank >= retrieved) continue;
+        int32_t tokens;
+        shared.slots[rank] =
+            slot_of(all_offsets + shared.slots[rank], choice.store_capacity, tokens);
+        shared.tokens[rank] = tokens;
+      }
+    }
   }
 
   // All that come no later than the last retrieved, and than the last estimated.
@@ -408,10 +516,10 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
       near_bits |= some_near << 4 * c;
       far_bits |= some_far << 4 * c;
     }
-    const int held = min(max(live - first_id, 0), kKeys);
-    if (choice.tail != nullptr && first_id < (live + 31) / 32 * 32) {
+    const int held = min(max(live - own_first, 0), kKeys);
+    if (choice.tail != nullptr && own_first < (live + 31) / 32 * 32) {
       const uint32_t tail = (held > 0 ? ~0u >> (32 - held) : 0) & ~(near_bits | far_bits);
-      uint32_t* words = choice.tail + task * ((clusters + 31) / 32);
+      uint32_t* words = choice.tail + int64_t{task} * ((all_clusters + 31) / 32) + first / 32;
       if constexpr (kKeys == 32) words[thread] = tail;
       else if constexpr (kKeys == 16) {
         reinterpret_cast<uint16_t*>(words)[thread] = static_cast<uint16_t>(tail);
@@ -424,10 +532,16 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
   }
   const uint32_t far_own = static_cast<uint32_t>(__popc(far_bits));
   const uint32_t far_through = scan_warp(far_own);
+  // A thread's ranks follow each other.
+  const int thread_ranks = kSeveral ? (retrieved + kFewThreads - 1) / kFewThreads : 1;
+  const int first_rank = thread * thread_ranks;
+  const int end_rank = min(first_rank + thread_ranks, retrieved);
+  if constexpr (kSeveral) __syncthreads();  // all have been looked up
   int32_t own_tokens = 0;
   uint32_t tokens_through = 0;
-  if (choice.before != nullptr && warp * 32 < retrieved) {
-    if (thread < retrieved) own_tokens = shared.tokens[thread];
+  if (places && warp * 32 * thread_ranks < retrieved) {
+#pragma unroll 1
+    for (int rank = first_rank; rank < end_rank; ++rank) own_tokens += shared.tokens[rank];
     tokens_through = scan_warp(static_cast<uint32_t>(own_tokens));
   }
   if (lane == 31) {
@@ -436,8 +550,17 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
   }
   __syncthreads();
 
+  int estimated = shared.budget.estimated;  // of this block
+  int32_t* estimated_ids = choice.estimated + int64_t{task} * all_clusters;
+  if constexpr (kSeveral) {
+    const uint32_t all_own = sum_of_first(shared.far_totals, kFewWarps);
+    if (thread < blocks) *cluster.in_block(shared.far_parts + block, thread) = all_own;
+    cluster.sync();
+    estimated = static_cast<int>(all_own);
+    estimated_ids += sum_of_first(shared.far_parts, block);
+  }
   // Ids of the estimated clusters go out in whole lines.
-  uint32_t at = warps_before(shared.far_totals, warp) + far_through - far_own;
+  uint32_t at = sum_of_first(shared.far_totals, warp) + far_through - far_own;
 #pragma unroll 1
   for (int c = 0; c < kChunks; ++c) {
     const uint32_t some = far_bits >> 4 * c;
@@ -446,21 +569,25 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
       if (some >> k & 1) shared.keys[at++] = static_cast<uint32_t>(first_id + 4 * c + k);
     }
   }
-  if (choice.before != nullptr) {
+  if (places) {
     int32_t* before = choice.before + task * (params.max_retrieved + 1);
     int32_t* shift = choice.shift + task * params.max_retrieved;
-    const int32_t tokens = static_cast<int32_t>(warps_before(shared.token_totals, kFewWarps));
-    if (warp * 32 < retrieved) {
-      const int32_t through =
-          static_cast<int32_t>(warps_before(shared.token_totals, warp) + tokens_through);
-      if (thread < retrieved) {
-        before[thread + 1] = through;
-        shift[thread] = shared.slots[thread] - (through - own_tokens);
+    const int32_t tokens = static_cast<int32_t>(sum_of_first(shared.token_totals, kFewWarps));
+    if (warp * 32 * thread_ranks < retrieved) {
+      int32_t through = static_cast<int32_t>(
+          sum_of_first(shared.token_totals, warp) + tokens_through -
+          static_cast<uint32_t>(own_tokens));
+#pragma unroll 1
+      for (int rank = first_rank; rank < end_rank; ++rank) {
+        shift[rank] = shared.slots[rank] - through;
+        through += shared.tokens[rank];
+        before[rank + 1] = through;
       }
     }
-    if (thread >= retrieved && thread < params.max_retrieved) {
-      before[thread + 1] = tokens;
-      shift[thread] = 0;
+#pragma unroll 1
+    for (int64_t rank = retrieved + thread; rank < params.max_retrieved; rank += kFewThreads) {
+      before[rank + 1] = tokens;
+      shift[rank] = 0;
     }
     if (thread == 0) {
       before[0] = 0;
@@ -470,10 +597,13 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks)
       if (task == b * params.heads) atomicAdd(row + kSteps, 1ull);
     }
   }
-  if (ids != nullptr && thread >= retrieved && thread < params.max_retrieved) ids[thread] = -1;
+  if (ids != nullptr && block == 0) {
+#pragma unroll 1
+    for (int64_t rank = retrieved + thread; rank < params.max_retrieved; rank += kFewThreads) {
+      ids[rank] = -1;
+    }
+  }
   __syncthreads();
-  const int estimated = shared.budget.estimated;
-  int32_t* estimated_ids = choice.estimated + int64_t{task} * clusters;
 #pragma unroll 4
   for (int i = thread; i < estimated; i += kFewThreads) {
     estimated_ids[i] = static_cast<int32_t>(shared.keys[i]);

@@ -1,12 +1,17 @@
 // Sort keys of clusters, and what both kernels that choose by them share.
 #pragma once
 
+#include <cooperative_groups.h>
+
 #include "counters.h"
 #include "select_clusters.h"
 #include "wave_estimate.h"
 
 namespace retro {
 
+namespace groups_of_threads = cooperative_groups;
+
+constexpr int64_t kMostBlocks = 8;  // of a portable thread block cluster
 constexpr int kBins = 4096;
 // The first bins are 64 to a factor of 2 in score, from 128 down; sums of at most G shares of 1 lie below
 // that as a rule, and what does not falls into the first bin.
@@ -62,6 +67,38 @@ __device__ __forceinline__ void cut(int bin, Range& range) {
 }
 
 extern __shared__ __align__(kSharedLine) uint4 shared_memory[];
+
+// The blocks that choose together for one (row, head).
+struct Cluster {
+  bool several;
+  groups_of_threads::cluster_group group = groups_of_threads::this_cluster();
+
+  __device__ __forceinline__ explicit Cluster(int blocks) : several(blocks > 1) {}
+
+  __device__ __forceinline__ void sync() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (several) {
+      group.sync();
+      return;
+    }
+#endif
+    __syncthreads();
+  }
+  __device__ __forceinline__ unsigned rank() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (several) return group.block_rank();
+#endif
+    return 0;
+  }
+  // The same variable in another block's shared memory.
+  template <typename T>
+  __device__ __forceinline__ T* in_block(T* variable, unsigned block) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (several) return group.map_shared_rank(variable, block);
+#endif
+    return variable;
+  }
+};
 
 __device__ __forceinline__ uint32_t scan_warp(uint32_t sum) {
 #pragma unroll
