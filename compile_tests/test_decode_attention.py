@@ -397,9 +397,16 @@ def test_is_the_three_ops_for_any_index(
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize(("retrieved", "capacity"), [(2500, 3000), (100, 40_000)])
+@pytest.mark.parametrize(
+    ("retrieved", "capacity"),
+    [
+        *[(600, 9000), (2500, 3000), (700, 20_000), (100, 40_000)],
+        *[(1500, 70_000), (3000, 3500), (100, 140_000)],
+    ],
+)
 def test_large_index(device: str, estimator: str, retrieved: int, capacity: int) -> None:
-    """More clusters than fit beside each other in a processor's memory, retrieved or live."""
+    """More clusters, retrieved or live, than fit beside each other in the memory of one of a GPU's
+    processors; in the last two cases in that of eight."""
     arguments = make(
         Variant(rows=1, heads=1, head_dim=16, dtype=torch.bfloat16),
         [70],

@@ -486,11 +486,22 @@ def test_estimates_any_index(
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("clusters", [60, 2000, 3000])
-def test_ties_go_to_the_lower_cluster(device: str, estimator: str, clusters: int) -> None:
+@pytest.mark.parametrize(
+    ("clusters", "budget"),
+    [(60, 0.2), (2000, 0.2), (3000, 0.2), (9000, 0.2), (40_000, 0.05), (80_000, 0.01)],
+)
+def test_ties_go_to_the_lower_cluster(
+    device: str, estimator: str, clusters: int, budget: float
+) -> None:
     """Equal clusters at the border of what is retrieved, and of what is estimated."""
     arguments = make(
-        Variant(rows=1, heads=1), [clusters], estimator=estimator, empty=0.0, room=0, strength=0.5
+        Variant(rows=1, heads=1),
+        [clusters],
+        estimator=estimator,
+        retrieval_budget=budget,
+        empty=0.0,
+        room=0,
+        strength=0.5,
     )
     arguments["centroids"][:] = arguments["centroids"][:, :, :, :1].clone()
     arguments["centroids"][1, 0, 0] += torch.arange(float(clusters))[:, None]
@@ -499,7 +510,7 @@ def test_ties_go_to_the_lower_cluster(device: str, estimator: str, clusters: int
     given = on_device(arguments, device)
     for kernels in every_kernel(device):
         retrieved, _, _ = wave_estimate(**given)
-        assert retrieved.flatten().tolist() == list(range(clusters // 5)), kernels
+        assert retrieved.flatten().tolist() == list(range(round(budget * clusters))), kernels
     assert_matches(arguments, device)
 
 

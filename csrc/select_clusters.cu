@@ -15,8 +15,8 @@ constexpr uint32_t kCountedRanks = 2048;
 constexpr int kLanesPerRank = 8;
 // Of a (row, head) with more clusters, several processors choose together.
 constexpr int64_t kBlockKeys = 16384;
-constexpr int kAhead = 8;           // scores of a thread that are under way
-constexpr int kTogether = 4;        // keys of a thread that are looked at together
+constexpr int kAhead = 8;     // scores of a thread that are under way
+constexpr int kTogether = 4;  // keys of a thread that are looked at together
 
 // What the phases of a block share.
 struct alignas(16) State {

@@ -19,7 +19,7 @@ constexpr int kFewWarps = kFewThreads / 32;
 RETRO_HOST_DEVICE constexpr int few_retrieved(bool several) {
   return several ? 5 * kFewThreads : kFewThreads;
 }
-constexpr int kSpanBins = kBins / 32;           // a span of bins for each lane
+constexpr int kSpanBins = kBins / 32;  // a span of bins for each lane
 constexpr int kWarpSpans = 32 / kFewWarps;
 constexpr int kRankLanes = 8;  // that compare one candidate with the others
 
@@ -37,7 +37,7 @@ struct alignas(16) Few {
   uint64_t chosen[kRetrieved + kCandidates];
   uint64_t candidates[kCandidates];               // of the last estimated
   int32_t tokens[kRetrieved], slots[kRetrieved];  // of the retrieved clusters, by rank
-  uint32_t span_totals[32];                             // of bins
+  uint32_t span_totals[32];                       // of bins
   uint32_t far_totals[kFewWarps], token_totals[kFewWarps];
   uint32_t half_totals[2][kFewWarps];
   // Of each block: keys in its part of the bins, estimated clusters, and what half_totals come to.
@@ -196,7 +196,7 @@ __device__ __forceinline__ void find_bins_together(
 // kGroups: G where it is 4 or 8, which come in chunks; 0 for any other. Where kSeveral, `blocks` blocks, a
 // power of two, choose together.
 template <int kKeys, int kGroups, bool kSeveral>
-__global__ void __launch_bounds__(kFewThreads, kSeveral && kKeys > 16 ? 1 : kFewBlocks)
+__global__ void __launch_bounds__(kFewThreads, kSeveral&& kKeys > 16 ? 1 : kFewBlocks)
     select_few_kernel(const __grid_constant__ SelectParams params, int32_t blocks) {
   // A thread's clusters come in groups of four, two of which are under way.
   constexpr int kRows = 4, kBuffers = 2;
