@@ -13,8 +13,12 @@
 namespace retro {
 
 constexpr int kFewThreads = 512;
-constexpr int kFewBlocks = 2;  // of a processor, so that one may start beside the last scores
 constexpr int kFewWarps = kFewThreads / 32;
+// Blocks of a processor, so that one may start beside the last scores; where memory has room for one only,
+// it gets all registers.
+RETRO_HOST_DEVICE constexpr int few_blocks(int keys, bool several) {
+  return several && keys > 16 ? 1 : 2;
+}
 // Retrieved clusters at most: of one block a thread has one.
 RETRO_HOST_DEVICE constexpr int few_retrieved(bool several) {
   return several ? 5 * kFewThreads : kFewThreads;
@@ -196,7 +200,7 @@ __device__ __forceinline__ void find_bins_together(
 // kGroups: G where it is 4 or 8, which come in chunks; 0 for any other. Where kSeveral, `blocks` blocks, a
 // power of two, choose together.
 template <int kKeys, int kGroups, bool kSeveral>
-__global__ void __launch_bounds__(kFewThreads, kSeveral&& kKeys > 16 ? 1 : kFewBlocks)
+__global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     select_few_kernel(const __grid_constant__ SelectParams params, int32_t blocks) {
   // A thread's clusters come in groups of four, two of which are under way.
   constexpr int kRows = 4, kBuffers = 2;
