@@ -405,8 +405,7 @@ def test_is_the_three_ops_for_any_index(
     ],
 )
 def test_large_index(device: str, estimator: str, retrieved: int, capacity: int) -> None:
-    """More clusters, retrieved or live, than fit beside each other in the memory of one of a GPU's
-    processors; in the last two cases in that of eight."""
+    """Each beyond what a smaller way of choosing takes: of so many retrieved or live clusters."""
     arguments = make(
         Variant(rows=1, heads=1, head_dim=16, dtype=torch.bfloat16),
         [70],

@@ -514,6 +514,30 @@ def test_ties_go_to_the_lower_cluster(
     assert_matches(arguments, device)
 
 
+@pytest.mark.parametrize("groups", [3, 4, 8, 20])
+@pytest.mark.parametrize("live", [[20_000, 300], [70_000, 0]], ids=str)
+def test_many_clusters(device: str, live: list[int], groups: int) -> None:
+    """Several processors of a GPU choose together, and others than where more may be retrieved."""
+    arguments = make(
+        Variant(groups=groups, head_dim=16, dtype=torch.bfloat16, seed=2),
+        live,
+        retrieval_budget=0.018,
+        min_retrieved_clusters=4,
+        estimation_budget=0.232,
+    )
+    assert_matches(arguments, device)
+    given = on_device(poisoned(arguments), device)
+    for kernels in every_kernel(device):
+        assert_repeats(wave_estimate, given)
+        retrieved, *estimate = wave_estimate(**given)
+        for most in (2560, 2561):
+            more, *others = wave_estimate(**{**given, "max_retrieved": most})
+            assert_same(more[:, :, : retrieved.shape[2]], retrieved, f"{kernels}: {most}")
+            assert (more[:, :, retrieved.shape[2] :] == -1).all(), f"{kernels}: {most}"
+            for own, other in zip(estimate, others, strict=True):
+                assert_same(other, own, f"{kernels}: {most}")
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_empty_cluster_does_not_count(device: str, estimator: str) -> None:
     """Its centroid is 0, which outdoes all others where every logit is far below 0."""

@@ -677,6 +677,9 @@ struct FewPlan {
   int64_t blocks;
 };
 
+// Of what a processor of an H100 has.
+static_assert(2 * sizeof(Few<16, true>) <= 222 * 1024 && sizeof(Few<32, true>) <= 222 * 1024);
+
 FewPlan plan_few(const Launcher& launch, const SelectParams& params) {
   const int64_t norm_bytes = ceil_div(params.groups, 4) * 16, most = launch.shared_bytes();
   const auto fits = [&](int keys, bool several, int64_t blocks, size_t bytes) {
@@ -737,9 +740,10 @@ int64_t power_of_two(int64_t count) {
 
 SelectSpace reserve_select(
     const Launcher& launch, Workspace& workspace, const SelectParams& params) {
+  SelectSpace space = {};
+  if (plan_few(launch, params).blocks > 0) return space;
   const int64_t tasks = params.batch * params.heads;
   const Plan plan = plan_select(launch, params);
-  SelectSpace space;
   space.keys =
       workspace.reserve<uint32_t>(plan.in_shared ? 0 : tasks * plan.blocks * plan.block_keys);
   space.order = workspace.reserve<uint64_t>(

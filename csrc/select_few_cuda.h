@@ -1,11 +1,12 @@
-// Chooses among so few clusters that one block of few threads, or the blocks of a thread block cluster, hold
-// all they need in shared memory: the same choice as select_kernel's, in a third of its instructions. Its
-// code runs straight through, once, so short code counts for as much as few instructions.
+// Chooses among clusters that one block of few threads, or the blocks of a thread block cluster, can hold in
+// shared memory: the same choice as select_kernel's, in a third of its instructions. Its code runs straight
+// through, once, so short code counts for as much as few instructions.
 //
-// Several blocks share out the clusters. They wait for each other six times: with their keys counted; with
-// the counts of all added up, a part of the bins by each; with the bins found in which retrieved and
-// estimated clusters end; with the clusters of those bins, and all before them, in the memory of the first
-// block; with the thresholds that it finds there; with the number of estimated clusters of each.
+// Several blocks share out the clusters. They wait for each other six times, and where too many clusters are
+// candidates once more for each time that these are halved: with their keys counted; with the counts of all
+// added up, a part of the bins by each; with the bins found in which retrieved and estimated clusters end;
+// with the clusters of those bins, and all before them, in the memory of the first block; with the
+// thresholds that it finds there; with the number of estimated clusters of each.
 #pragma once
 
 #include "select_keys_cuda.h"
@@ -14,8 +15,8 @@ namespace retro {
 
 constexpr int kFewThreads = 512;
 constexpr int kFewWarps = kFewThreads / 32;
-// Blocks of a processor, so that one may start beside the last scores; where memory has room for one only,
-// it gets all registers.
+// Blocks of a processor: registers for two, so that one may start beside the last scores. Where several
+// blocks with many keys would need more registers than that, they get all.
 RETRO_HOST_DEVICE constexpr int few_blocks(int keys, bool several) {
   return several && keys > 16 ? 1 : 2;
 }
@@ -32,23 +33,25 @@ template <int kKeys, bool kSeveral>
 struct alignas(16) Few {
   static constexpr int kRetrieved = few_retrieved(kSeveral);
   // Of keys by bin; then, up to the bin in which retrieved clusters end, how many keys lie before each bin
-  // and, as `chosen` fills, before the next.
+  // and, as `chosen` fills, before the next. Of several blocks the first has these, and what is chosen.
   uint32_t bins[kBins];
   // See exchanged(); at the end the ids of the estimated clusters.
   uint32_t keys[kFewThreads * kKeys];
-  int32_t offsets[kSeveral ? 4 : kFewThreads * kKeys + 4];
+  int32_t offsets
+      [kSeveral ? 4 : kFewThreads * kKeys + 4];  // of one block, which knows early what it needs
   // pair_of(id, key) of all that may be retrieved, in order of their bins.
   uint64_t chosen[kRetrieved + kCandidates];
-  uint64_t candidates[kCandidates];               // of the last estimated
-  int32_t tokens[kRetrieved], slots[kRetrieved];  // of the retrieved clusters, by rank
-  uint32_t span_totals[32];                       // of bins
+  uint64_t candidates[kCandidates];  // of the last estimated
+  // Of the retrieved clusters, by rank; of several blocks slots are ids at first.
+  int32_t tokens[kRetrieved], slots[kRetrieved];
+  uint32_t span_totals[32];  // of bins
   uint32_t far_totals[kFewWarps], token_totals[kFewWarps];
   uint32_t half_totals[2][kFewWarps];
   // Of each block: keys in its part of the bins, estimated clusters, and what half_totals come to.
   uint32_t part_totals[kMostBlocks], far_parts[kMostBlocks], half_parts[2][kMostBlocks];
   Range ranges[2];         // in which retrieved, and estimated clusters end
   uint64_t thresholds[2];  // pair_of(id, key) of the last retrieved, and of the last estimated
-  uint32_t chosen_count, candidate_count;
+  uint32_t candidate_count;
   Budget budget;
 };
 
@@ -91,10 +94,15 @@ count_smaller(const uint64_t* entries, uint32_t first, uint32_t end, uint64_t th
   return smaller;
 }
 
-// pair_of(id, key) of the cluster of a range's rank, for ranges of too many candidates: halves the range of
-// keys until one is left, then that of ids.
+struct Narrowed {
+  Range range;
+  uint64_t last;  // pair_of(id, key) that no cluster up to the range's rank comes behind
+};
+
+// Halves a range of too many candidates until they are few enough, or, where too many have equal keys, until
+// `last` is the cluster of its rank.
 template <int kKeys, bool kSeveral>
-__device__ __noinline__ uint64_t find_by_halves(Range range, int block, int blocks) {
+__device__ __noinline__ Narrowed narrow(Range range, int block, int blocks) {
   using Shared = Few<kKeys, kSeveral>;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   const Cluster cluster(kSeveral ? 2 : 1);
@@ -103,7 +111,7 @@ __device__ __noinline__ uint64_t find_by_halves(Range range, int block, int bloc
   const uint32_t first_id = static_cast<uint32_t>((block * kFewThreads + thread) * kKeys);
   int parity = 0;
   cluster.sync();  // half_totals and half_parts may be used again
-  const auto count = [&](auto holds) {
+  const auto count = [&](auto holds) -> uint32_t {
     uint32_t own = 0;
 #pragma unroll 4
     for (int k = 0; k < kKeys; ++k) {
@@ -117,31 +125,38 @@ __device__ __noinline__ uint64_t find_by_halves(Range range, int block, int bloc
     if (lane == 0) totals[warp] = own;
     __syncthreads();
     const uint32_t total = sum_of_first(totals, kFewWarps);
-    if constexpr (!kSeveral) return total;
-    if (thread < blocks) *cluster.in_block(parts + block, thread) = total;
-    cluster.sync();
-    return sum_of_first(parts, blocks);
+    if constexpr (kSeveral) {
+      if (thread < blocks) *cluster.in_block(parts + block, thread) = total;
+      cluster.sync();
+      return sum_of_first(parts, blocks);
+    } else {
+      return total;
+    }
   };
-  uint32_t low = range.low, high = range.high;
 #pragma unroll 1
-  while (low < high) {
-    const uint32_t width = (low - range.low) + (high - low) / 2;
+  while (!range.done()) {
+    const uint32_t width = (range.high - range.low) / 2;
     const uint32_t found = count([&](uint32_t key, uint32_t) { return key - range.low <= width; });
-    if (found > range.rank) high = range.low + width;
-    else low = range.low + width + 1;
+    if (range.rank < found) {
+      range.high = range.low + width;
+      range.count = found;
+    } else {
+      range.low += width + 1;
+      range.rank -= found;
+      range.count -= found;
+    }
   }
-  const uint32_t rank =
-      range.rank - count([&](uint32_t key, uint32_t) { return key - range.low < low - range.low; });
+  if (range.count <= kCandidates) return {range, pair_of(~0u, range.high)};
   uint32_t first = 0, last = static_cast<uint32_t>(blocks * kFewThreads * kKeys) - 1;
 #pragma unroll 1
   while (first < last) {
     const uint32_t middle = (first + last) / 2;
     const uint32_t found =
-        count([&](uint32_t key, uint32_t id) { return key == low && id <= middle; });
-    if (found > rank) last = middle;
+        count([&](uint32_t key, uint32_t id) { return key == range.low && id <= middle; });
+    if (range.rank < found) last = middle;
     else first = middle + 1;
   }
-  return pair_of(first, low);
+  return {range, pair_of(first, range.low)};
 }
 
 // The bins in which retrieved and estimated clusters end, by all blocks: each adds up a part of the bins,
@@ -190,7 +205,6 @@ __device__ __forceinline__ void find_bins_together(
       cut_first(bin, range);
 #pragma unroll 1
       for (int k = 0; k < blocks; ++k) *cluster.in_block(shared.ranges + n, k) = range;
-      if (n == 0) *cluster.in_block(&shared.chosen_count, 0) = less + counts[i];
     }
     less += counts[i];
   }
@@ -275,8 +289,8 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     for (int i = thread; i <= clusters; i += kFewThreads) {
       copy_async_word(shared.offsets + i, all_offsets + i, true);
     }
+    commit_copies();
   }
-  commit_copies();
 #pragma unroll 1
   for (int g = warp; g < groups; g += kFewWarps) {
     if (g != warp) own_sum = block_sum(sums + g, lane, params.score_blocks, groups);
@@ -295,7 +309,6 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     // No key is 0: what is not searched for has no candidates.
     shared.ranges[0] = {0, 0, static_cast<uint32_t>(budget.retrieved) - 1, 0};
     shared.ranges[1] = {0, 0, searched ? static_cast<uint32_t>(wanted) - 1 : ~0u, 0};
-    shared.chosen_count = 0;
     shared.candidate_count = 0;
     if (block == 0) choice.estimated_counts[task] = budget.estimated;
   }
@@ -385,27 +398,36 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
         Range range = {0, 0, rank - less, count};
         cut_first(bin, range);
         shared.ranges[n] = range;
-        if (n == 0) shared.chosen_count = less + count;
       }
     }
     __syncthreads();
   }
 
   // Lists what may be retrieved, and what may be the last estimated.
-  uint32_t chosen_count = shared.chosen_count;
+  uint32_t chosen_count, far_rank;
   {
-    const Range near_range = shared.ranges[0], far_range = shared.ranges[1];
+    Range near_range = shared.ranges[0], far_range = shared.ranges[1];
     uint64_t limit = pair_of(~0u, near_range.high);
     if (near_range.count > kCandidates) {
-      limit = find_by_halves<kKeys, kSeveral>(near_range, block, blocks);
-      chosen_count = static_cast<uint32_t>(retrieved);
+      const Narrowed narrowed = narrow<kKeys, kSeveral>(near_range, block, blocks);
+      near_range = narrowed.range;
+      limit = narrowed.last;
     }
+    // Of too many equal keys those up to the limit; without retrieved clusters, whose rank is -1, none.
+    chosen_count = static_cast<uint32_t>(retrieved);
+    if (near_range.count <= kCandidates) chosen_count += near_range.count - near_range.rank - 1;
     uint32_t far_low = far_range.low, far_width = far_range.high - far_range.low;
     if (far_range.count > kCandidates) {
-      const uint64_t found = find_by_halves<kKeys, kSeveral>(far_range, block, blocks);
-      if (thread == 0) shared.thresholds[1] = found;
-      far_low = far_width = 0;
+      const Narrowed narrowed = narrow<kKeys, kSeveral>(far_range, block, blocks);
+      far_range = narrowed.range;
+      far_low = far_range.low;
+      far_width = far_range.high - far_low;
+      if (far_range.count > kCandidates) {
+        if (thread == 0) shared.thresholds[1] = narrowed.last;
+        far_low = far_width = 0;
+      }
     }
+    far_rank = far_range.rank;
     uint32_t near_bits = 0, far_bits = 0;
 #pragma unroll 1
     for (int c = 0; c < kChunks; ++c) {
@@ -450,7 +472,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
 #pragma unroll 1
       for (int k = 0; k < blocks; ++k) *cluster.in_block(shared.thresholds + n, k) = threshold;
     };
-    const uint32_t candidates = shared.candidate_count, far_rank = shared.ranges[1].rank;
+    const uint32_t candidates = shared.candidate_count;
     const uint32_t part = static_cast<uint32_t>(lane) % kRankLanes;
 #pragma unroll 1
     for (uint32_t start = static_cast<uint32_t>(warp) * (32 / kRankLanes); start < candidates;
@@ -471,8 +493,8 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
       const uint64_t own = shared.chosen[i];
       const uint32_t id = static_cast<uint32_t>(own);
       const int bin = first_bin(static_cast<uint32_t>(own >> 32));
-      const uint32_t first = bin > 0 ? shared.bins[bin - 1] : 0, end = shared.bins[bin];
-      const uint32_t rank = first + count_smaller<1>(shared.chosen, first, end, own);
+      const uint32_t begin = bin > 0 ? shared.bins[bin - 1] : 0, end = shared.bins[bin];
+      const uint32_t rank = begin + count_smaller<1>(shared.chosen, begin, end, own);
       if (rank >= static_cast<uint32_t>(retrieved)) continue;
       if (rank + 1 == static_cast<uint32_t>(retrieved)) tell(0, own);
       if (ids != nullptr) ids[rank] = static_cast<int32_t>(id);
@@ -541,12 +563,13 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   const int first_rank = thread * thread_ranks;
   const int end_rank = min(first_rank + thread_ranks, retrieved);
   if constexpr (kSeveral) __syncthreads();  // all have been looked up
-  int32_t own_tokens = 0;
-  uint32_t tokens_through = 0;
+  uint32_t own_tokens = 0, tokens_through = 0;
   if (places && warp * 32 * thread_ranks < retrieved) {
 #pragma unroll 1
-    for (int rank = first_rank; rank < end_rank; ++rank) own_tokens += shared.tokens[rank];
-    tokens_through = scan_warp(static_cast<uint32_t>(own_tokens));
+    for (int rank = first_rank; rank < end_rank; ++rank) {
+      own_tokens += static_cast<uint32_t>(shared.tokens[rank]);
+    }
+    tokens_through = scan_warp(own_tokens);
   }
   if (lane == 31) {
     shared.far_totals[warp] = far_through;
@@ -554,13 +577,13 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   }
   __syncthreads();
 
-  int estimated = shared.budget.estimated;  // of this block
+  int estimated = shared.budget.estimated;
   int32_t* estimated_ids = choice.estimated + int64_t{task} * all_clusters;
   if constexpr (kSeveral) {
     const uint32_t all_own = sum_of_first(shared.far_totals, kFewWarps);
     if (thread < blocks) *cluster.in_block(shared.far_parts + block, thread) = all_own;
     cluster.sync();
-    estimated = static_cast<int>(all_own);
+    estimated = static_cast<int>(all_own);  // of this block
     estimated_ids += sum_of_first(shared.far_parts, block);
   }
   // Ids of the estimated clusters go out in whole lines.
@@ -578,9 +601,8 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     int32_t* shift = choice.shift + task * params.max_retrieved;
     const int32_t tokens = static_cast<int32_t>(sum_of_first(shared.token_totals, kFewWarps));
     if (warp * 32 * thread_ranks < retrieved) {
-      int32_t through = static_cast<int32_t>(
-          sum_of_first(shared.token_totals, warp) + tokens_through -
-          static_cast<uint32_t>(own_tokens));
+      const uint32_t through_warps = sum_of_first(shared.token_totals, warp) + tokens_through;
+      int32_t through = static_cast<int32_t>(through_warps - own_tokens);
 #pragma unroll 1
       for (int rank = first_rank; rank < end_rank; ++rank) {
         shift[rank] = shared.slots[rank] - through;

@@ -73,7 +73,11 @@ struct Cluster {
   bool several;
   groups_of_threads::cluster_group group = groups_of_threads::this_cluster();
 
-  __device__ __forceinline__ explicit Cluster(int blocks) : several(blocks > 1) {}
+  __device__ __forceinline__ explicit Cluster(int blocks) : several(blocks > 1) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    if (several) __trap();  // code for older GPUs on a newer one: blocks would not find each other
+#endif
+  }
 
   __device__ __forceinline__ void sync() const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
