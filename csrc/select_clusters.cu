@@ -684,7 +684,7 @@ FewPlan plan_few(const Launcher& launch, const SelectParams& params) {
   const int64_t norm_bytes = ceil_div(params.groups, 4) * 16, most = launch.shared_bytes();
   const auto fits = [&](int keys, bool several, int64_t blocks, size_t bytes) {
     return params.clusters <= blocks * kFewThreads * keys &&
-        params.max_retrieved <= few_retrieved(several) &&
+        params.max_retrieved <= few_retrieved(keys, several) &&
         static_cast<int64_t>(bytes) + norm_bytes <= most;
   };
   if (fits(8, false, 1, sizeof(Few<8, false>))) return {8, 1};

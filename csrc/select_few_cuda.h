@@ -2,12 +2,13 @@
 // shared memory: the same choice as select_kernel's, in a third of its instructions. Its code runs straight
 // through, once, so short code counts for as much as few instructions.
 //
-// Several blocks share out the clusters. They wait for each other six times, and where too many clusters are
-// candidates once more for each time that these are halved: with their keys counted; with the counts of all
-// added up, a part of the bins by each; with the bins found in which retrieved and estimated clusters end;
-// with the clusters of those bins, and all before them, in the memory of the first block; with the
-// thresholds that it finds there; with the number of estimated clusters of each.
+// Several blocks share out the clusters. They wait for each other four times, and where too many clusters are
+// candidates once more for each time that these are halved: when each knows the counts of all; when each has
+// the clusters of all that may be retrieved, and the last block those that may be the last estimated; when
+// the thresholds are found; when each knows how many estimated clusters lie before its own.
 #pragma once
+
+#include <type_traits>
 
 #include "select_keys_cuda.h"
 
@@ -21,38 +22,59 @@ RETRO_HOST_DEVICE constexpr int few_blocks(int keys, bool several) {
   return several && keys > 16 ? 1 : 2;
 }
 // Retrieved clusters at most: of one block a thread has one.
-RETRO_HOST_DEVICE constexpr int few_retrieved(bool several) {
-  return several ? 5 * kFewThreads : kFewThreads;
+RETRO_HOST_DEVICE constexpr int few_retrieved(int keys, bool several) {
+  return (!several ? 1 : keys > 16 ? 5 : 4) * kFewThreads;
 }
 constexpr int kSpanBins = kBins / 32;  // a span of bins for each lane
 constexpr int kWarpSpans = 32 / kFewWarps;
-constexpr int kRankLanes = 8;  // that compare one candidate with the others
+constexpr int kStretchBins = kBins / kFewThreads;  // a stretch of bins for each thread
+constexpr int kPartBits = 7;                       // candidates fall into so many parts: 4 to a lane
+constexpr int kRankLanes = 4;  // that compare one cluster with the others of its stretch
+static_assert(kCandidates == kFewThreads);
+
+// What a block of several has beside the rest.
+template <int kChosen>
+struct FewOfSeveral {
+  uint16_t counts[kMostBlocks][kFewThreads];  // of each block's keys, by stretch
+  uint32_t starts[kFewThreads + 1];           // how many keys of all blocks lie before a stretch
+  // Where the next of this block's clusters goes among the chosen, by stretch; of the last stretch, where
+  // not all are chosen, how many have come.
+  uint32_t places[kFewThreads];
+  // Clusters of this block, counted from its first, that may be retrieved, and their places; that may be
+  // the last estimated.
+  uint16_t near[kChosen], near_places[kChosen], far[kCandidates];
+  uint32_t near_count, far_count;
+  uint32_t last_place;  // of this block's in the last stretch
+  uint32_t last_taken;  // in the first block: how many places there are taken
+  uint32_t far_parts[kMostBlocks], half_parts[2][kMostBlocks];  // far_totals, half_totals of each
+};
+struct FewOfOne {};
 
 // Threads of a block share this; norms, [G], lie behind it.
 template <int kKeys, bool kSeveral>
 struct alignas(16) Few {
-  static constexpr int kRetrieved = few_retrieved(kSeveral);
-  // Of keys by bin; then, up to the bin in which retrieved clusters end, how many keys lie before each bin
-  // and, as `chosen` fills, before the next. Of several blocks the first has these, and what is chosen.
+  static constexpr int kRetrieved = few_retrieved(kKeys, kSeveral);
+  static constexpr int kChosen = kRetrieved + static_cast<int>(kCandidates);
+  // Of keys by bin; of one block then, up to the bin in which retrieved clusters end, how many keys lie
+  // before each bin and, as `chosen` fills, before the next.
   uint32_t bins[kBins];
   // See exchanged(); at the end the ids of the estimated clusters.
   uint32_t keys[kFewThreads * kKeys];
   int32_t offsets
       [kSeveral ? 4 : kFewThreads * kKeys + 4];  // of one block, which knows early what it needs
-  // pair_of(id, key) of all that may be retrieved, in order of their bins.
-  uint64_t chosen[kRetrieved + kCandidates];
-  uint64_t candidates[kCandidates];  // of the last estimated
-  // Of the retrieved clusters, by rank; of several blocks slots are ids at first.
-  int32_t tokens[kRetrieved], slots[kRetrieved];
-  uint32_t span_totals[32];  // of bins
+  // pair_of(id, key) of all that may be retrieved, in order of their bins, or of stretches of these.
+  uint64_t chosen[kChosen];
+  uint64_t candidates[kCandidates];             // of the last estimated
+  int32_t tokens[kRetrieved], slots[kRetrieved];  // of the retrieved clusters, by rank
+  uint32_t parts[1 << kPartBits];               // of candidates, by key
+  uint32_t span_totals[32];                     // of bins
   uint32_t far_totals[kFewWarps], token_totals[kFewWarps];
   uint32_t half_totals[2][kFewWarps];
-  // Of each block: keys in its part of the bins, estimated clusters, and what half_totals come to.
-  uint32_t part_totals[kMostBlocks], far_parts[kMostBlocks], half_parts[2][kMostBlocks];
   Range ranges[2];         // in which retrieved, and estimated clusters end
   uint64_t thresholds[2];  // pair_of(id, key) of the last retrieved, and of the last estimated
-  uint32_t candidate_count;
+  uint32_t candidate_count, part_count;
   Budget budget;
+  std::conditional_t<kSeveral, FewOfSeveral<kChosen>, FewOfOne> others;
 };
 
 // Where a warp keeps the key that one of its lanes reads in one of its rows of 32. Keys are written by
@@ -120,12 +142,13 @@ __device__ __noinline__ Narrowed narrow(Range range, int block, int blocks) {
     }
     own = __reduce_add_sync(kAllLanes, own);
     uint32_t* totals = shared.half_totals[parity];
-    uint32_t* parts = shared.half_parts[parity];
+    [[maybe_unused]] const int own_parity = parity;
     parity ^= 1;
     if (lane == 0) totals[warp] = own;
     __syncthreads();
     const uint32_t total = sum_of_first(totals, kFewWarps);
     if constexpr (kSeveral) {
+      uint32_t* parts = shared.others.half_parts[own_parity];
       if (thread < blocks) *cluster.in_block(parts + block, thread) = total;
       cluster.sync();
       return sum_of_first(parts, blocks);
@@ -159,56 +182,104 @@ __device__ __noinline__ Narrowed narrow(Range range, int block, int blocks) {
   return {range, pair_of(first, range.low)};
 }
 
-// The bins in which retrieved and estimated clusters end, by all blocks: each adds up a part of the bins,
-// and tells all others what it finds there, and the first where the keys of its bins begin.
+// Finds the cluster of a rank among the candidates, whose keys lie from `low` on, `width` apart at most, and
+// tells it. All threads of a block, each with a candidate.
+template <typename Shared, typename Tell>
+__device__ __forceinline__ void find_candidate(
+    Shared& shared, uint32_t low, uint32_t width, uint32_t rank, const Tell& tell) {
+  const uint32_t thread = threadIdx.x, lane = threadIdx.x % 32;
+  const int shift = max(32 - __clz(static_cast<int>(width)) - kPartBits, 0);
+  const bool some = thread < shared.candidate_count;
+  const uint64_t own = some ? shared.candidates[thread] : 0;
+  const uint32_t part = (static_cast<uint32_t>(own >> 32) - low) >> shift;
+  if (some) atomicAdd(&shared.parts[part], 1u);
+  __syncthreads();
+  const uint4 counts = reinterpret_cast<const uint4*>(shared.parts)[lane];
+  const uint32_t total = counts.x + counts.y + counts.z + counts.w;
+  uint32_t less = scan_warp(total) - total, found = 4 * lane;
+  const unsigned has = __ballot_sync(kAllLanes, rank - less < total);
+  if (has == 0) return;  // not searched for
+  if (rank - less >= counts.x) {
+    less += counts.x, ++found;
+    if (rank - less >= counts.y) {
+      less += counts.y, ++found;
+      if (rank - less >= counts.z) less += counts.z, ++found;
+    }
+  }
+  const int from = __ffs(static_cast<int>(has)) - 1;
+  less = __shfl_sync(kAllLanes, less, from);
+  found = __shfl_sync(kAllLanes, found, from);
+  if (some && part == found) shared.candidates[atomicAdd(&shared.part_count, 1u)] = own;
+  __syncthreads();
+  const uint32_t count = shared.part_count;
+  if (thread >= count) return;
+  const uint64_t candidate = shared.candidates[thread];
+  if (less + count_smaller<1>(shared.candidates, 0, count, candidate) == rank) tell(candidate);
+}
+
+// The bins in which retrieved and estimated clusters end, of all blocks: each gets the counts of all by
+// stretches of bins, and asks for those of the bins only where one ends.
 template <typename Shared>
 __device__ __forceinline__ void find_bins_together(
     Shared& shared, const Cluster& cluster, int block, int blocks) {
-  constexpr int kMostBins = kBins / 2 / kFewThreads;  // of a thread
+  auto& others = shared.others;
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / 32, lane = thread % 32;
-  const int thread_bins = kBins / kFewThreads / blocks;
-  const int first_bin_of_thread = (block * kFewThreads + thread) * thread_bins;
   const uint32_t ranks[2] = {shared.ranges[0].rank, shared.ranges[1].rank};
-  uint32_t counts[kMostBins], own = 0;
+  uint32_t own = 0;
 #pragma unroll
-  for (int i = 0; i < kMostBins; ++i) {
-    counts[i] = 0;
-    if (i >= thread_bins) continue;
-    uint32_t some[kMostBlocks];
-#pragma unroll
-    for (int k = 0; k < static_cast<int>(kMostBlocks); ++k) {
-      some[k] = k < blocks ? *cluster.in_block(shared.bins + first_bin_of_thread + i, k) : 0;
-    }
-#pragma unroll
-    for (int k = 0; k < static_cast<int>(kMostBlocks); ++k) counts[i] += some[k];
-    own += counts[i];
+  for (int i = 0; i < kStretchBins / 4; ++i) {
+    const uint4 four = reinterpret_cast<const uint4*>(shared.bins)[thread * (kStretchBins / 4) + i];
+    own += four.x + four.y + four.z + four.w;
   }
-  const uint32_t through = scan_warp(own);
-  if (lane == 31) shared.span_totals[warp] = through;
-  __syncthreads();
-  const uint32_t before_thread = sum_of_first(shared.span_totals, warp) + through - own;
-  const uint32_t total = sum_of_first(shared.span_totals, kFewWarps);
-  if (thread < blocks) *cluster.in_block(shared.part_totals + block, thread) = total;
-  cluster.sync();  // from here on bins and ranges change
-  uint32_t less = sum_of_first(shared.part_totals, block) + before_thread;
-#pragma unroll
-  for (int i = 0; i < kMostBins; ++i) {
-    if (i >= thread_bins) continue;
-    const int bin = first_bin_of_thread + i;
-    if (ranks[0] >= less) *cluster.in_block(shared.bins + bin, 0) = less;
+  cluster.wait();  // all have begun
 #pragma unroll 1
-    for (int n = 0; n < 2; ++n) {
-      const uint32_t rank = n == 0 ? ranks[0] : ranks[1];
-      if (rank - less >= counts[i]) continue;
-      Range range = {0, 0, rank - less, counts[i]};
-      cut_first(bin, range);
-#pragma unroll 1
-      for (int k = 0; k < blocks; ++k) *cluster.in_block(shared.ranges + n, k) = range;
-    }
-    less += counts[i];
+  for (int k = 0; k < blocks; ++k) {
+    *cluster.in_block(&others.counts[block][thread], k) = static_cast<uint16_t>(own);
   }
   cluster.sync();
+  uint32_t total = 0, before_block = 0;
+#pragma unroll
+  for (int k = 0; k < static_cast<int>(kMostBlocks); ++k) {
+    const uint32_t count = k < blocks ? others.counts[k][thread] : 0;
+    if (k < block) before_block += count;
+    total += count;
+  }
+  const uint32_t through = scan_warp(total);
+  if (lane == 31) shared.span_totals[warp] = through;
+  __syncthreads();
+  const uint32_t less = sum_of_first(shared.span_totals, warp) + through - total;
+  others.starts[thread] = less;
+  others.places[thread] = less + before_block;
+  if (thread == kFewThreads - 1) others.starts[kFewThreads] = less + total;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    if (ranks[n] - less >= total) continue;
+    shared.ranges[n] = {static_cast<uint32_t>(thread), 0, ranks[n] - less, total};
+    if (n == 0) others.places[thread] = 0;
+  }
+  __syncthreads();
+  if (warp < 2 && shared.ranges[warp].count > 0) {
+    const Range stretch = shared.ranges[warp];
+    const int bin = static_cast<int>(stretch.low) * kStretchBins + lane % kStretchBins;
+    uint32_t count = 0;
+#pragma unroll
+    for (int k = 0; k < static_cast<int>(kMostBlocks); k += 32 / kStretchBins) {
+      const int from = k + lane / kStretchBins;
+      if (from < blocks) count += *cluster.in_block(shared.bins + bin, from);
+    }
+#pragma unroll
+    for (int step = kStretchBins; step < 32; step *= 2) {
+      count += __shfl_xor_sync(kAllLanes, count, step);
+    }
+    const uint32_t before = scan_warp(count) - count;
+    if (lane < kStretchBins && stretch.rank - before < count) {
+      Range range = {0, 0, stretch.rank - before, count};
+      cut_first(bin, range);
+      shared.ranges[warp] = range;
+    }
+  }
+  __syncthreads();
 }
 
 // kGroups: G where it is 4 or 8, which come in chunks; 0 for any other. Where kSeveral, `blocks` blocks, a
@@ -224,6 +295,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   using Shared = Few<kKeys, kSeveral>;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   const Cluster cluster(kSeveral ? 2 : 1);
+  if constexpr (kSeveral) cluster.arrive();
   float* norms = reinterpret_cast<float*>(&shared + 1);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
@@ -241,6 +313,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   for (int i = 0; i < kBins / 4 / kFewThreads; ++i) {
     reinterpret_cast<uint4*>(shared.bins)[i * kFewThreads + thread] = make_uint4(0, 0, 0, 0);
   }
+  if (thread < 1 << kPartBits) shared.parts[thread] = 0;
   wait_for_predecessor();
 
   // What others wait for comes first: norms, and how many clusters to choose.
@@ -309,7 +382,10 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     // No key is 0: what is not searched for has no candidates.
     shared.ranges[0] = {0, 0, static_cast<uint32_t>(budget.retrieved) - 1, 0};
     shared.ranges[1] = {0, 0, searched ? static_cast<uint32_t>(wanted) - 1 : ~0u, 0};
-    shared.candidate_count = 0;
+    shared.candidate_count = shared.part_count = 0;
+    if constexpr (kSeveral) {
+      shared.others.near_count = shared.others.far_count = shared.others.last_taken = 0;
+    }
     if (block == 0) choice.estimated_counts[task] = budget.estimated;
   }
   __syncthreads();
@@ -358,7 +434,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     const uint4 four = *reinterpret_cast<const uint4*>(shared.keys + warp * 32 * kKeys + at);
     keys[0] = four.x, keys[1] = four.y, keys[2] = four.z, keys[3] = four.w;
   };
-  cluster.sync();
+  __syncthreads();
 
   if constexpr (kSeveral) {
     find_bins_together(shared, cluster, block, blocks);
@@ -404,9 +480,18 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   }
 
   // Lists what may be retrieved, and what may be the last estimated.
-  uint32_t chosen_count, far_rank;
+  const int last_block = blocks - 1;
+  const auto pair_at = [&](int own) {
+    const int at = place_in_warp<kKeys>(own % (32 * kKeys));
+    const uint32_t key = shared.keys[own / (32 * kKeys) * (32 * kKeys) + at];
+    return pair_of(static_cast<uint32_t>(first + own), key);
+  };
+  const auto stretch_of = [](uint64_t pair) {
+    return first_bin(static_cast<uint32_t>(pair >> 32)) / kStretchBins;
+  };
+  Range near_range = shared.ranges[0], far_range = shared.ranges[1];
+  uint32_t chosen_count, far_low = far_range.low, far_width = far_range.high - far_range.low;
   {
-    Range near_range = shared.ranges[0], far_range = shared.ranges[1];
     uint64_t limit = pair_of(~0u, near_range.high);
     if (near_range.count > kCandidates) {
       const Narrowed narrowed = narrow<kKeys, kSeveral>(near_range, block, blocks);
@@ -416,7 +501,6 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     // Of too many equal keys those up to the limit; without retrieved clusters, whose rank is -1, none.
     chosen_count = static_cast<uint32_t>(retrieved);
     if (near_range.count <= kCandidates) chosen_count += near_range.count - near_range.rank - 1;
-    uint32_t far_low = far_range.low, far_width = far_range.high - far_range.low;
     if (far_range.count > kCandidates) {
       const Narrowed narrowed = narrow<kKeys, kSeveral>(far_range, block, blocks);
       far_range = narrowed.range;
@@ -427,7 +511,6 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
         far_low = far_width = 0;
       }
     }
-    far_rank = far_range.rank;
     uint32_t near_bits = 0, far_bits = 0;
 #pragma unroll 1
     for (int c = 0; c < kChunks; ++c) {
@@ -443,65 +526,118 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
       far_bits |= far << 4 * c;
     }
     const auto take = [&](uint32_t& bits) {
-      const int id = first_id + __ffs(static_cast<int>(bits)) - 1;
+      const int own = own_first + __ffs(static_cast<int>(bits)) - 1;
       bits &= bits - 1;
-      const int at = place_in_warp<kKeys>(id % (32 * kKeys));
-      return pair_of(static_cast<uint32_t>(id), shared.keys[warp * 32 * kKeys + at]);
+      return own;
     };
+    if constexpr (kSeveral) {
+      auto& others = shared.others;
 #pragma unroll 1
-    while (near_bits != 0) {
-      const uint64_t own = take(near_bits);
-      const int bin = first_bin(static_cast<uint32_t>(own >> 32));
-      const uint32_t at = atomicAdd(cluster.in_block(shared.bins + bin, 0), 1u);
-      *cluster.in_block(shared.chosen + at, 0) = own;
-    }
+      while (near_bits != 0) {
+        const int own = take(near_bits);
+        const uint32_t at = atomicAdd(&others.near_count, 1u);
+        others.near[at] = static_cast<uint16_t>(own);
+        others.near_places[at] =
+            static_cast<uint16_t>(atomicAdd(&others.places[stretch_of(pair_at(own))], 1u));
+      }
 #pragma unroll 1
-    while (far_bits != 0) {
-      const uint64_t own = take(far_bits);
-      const uint32_t at = atomicAdd(cluster.in_block(&shared.candidate_count, 0), 1u);
-      *cluster.in_block(shared.candidates + at, 0) = own;
+      while (far_bits != 0) {
+        const int own = take(far_bits);
+        others.far[atomicAdd(&others.far_count, 1u)] = static_cast<uint16_t>(own);
+      }
+      __syncthreads();
+      const int last_stretch = stretch_of(limit);
+      if (thread == 0) {
+        others.last_place = others.starts[last_stretch] +
+            atomicAdd(cluster.in_block(&others.last_taken, 0), others.places[last_stretch]);
+      }
+      __syncthreads();
+#pragma unroll 1
+      for (uint32_t i = thread; i < others.near_count; i += kFewThreads) {
+        const uint64_t own = pair_at(others.near[i]);
+        uint32_t at = others.near_places[i];
+        if (stretch_of(own) == last_stretch) at += others.last_place;
+#pragma unroll 1
+        for (int k = 0; k < blocks; ++k) *cluster.in_block(shared.chosen + at, k) = own;
+        if (choice.before != nullptr) prefetch_line(all_offsets + static_cast<uint32_t>(own));
+      }
+#pragma unroll 1
+      for (uint32_t i = thread; i < others.far_count; i += kFewThreads) {
+        const uint32_t at = atomicAdd(cluster.in_block(&shared.candidate_count, last_block), 1u);
+        *cluster.in_block(shared.candidates + at, last_block) = pair_at(others.far[i]);
+      }
+    } else {
+#pragma unroll 1
+      while (near_bits != 0) {
+        const uint64_t own = pair_at(take(near_bits));
+        const int bin = first_bin(static_cast<uint32_t>(own >> 32));
+        shared.chosen[atomicAdd(&shared.bins[bin], 1u)] = own;
+      }
+#pragma unroll 1
+      while (far_bits != 0) {
+        const uint64_t own = pair_at(take(far_bits));
+        shared.candidates[atomicAdd(&shared.candidate_count, 1u)] = own;
+      }
+      wait_for_copies<0>();
     }
-    if constexpr (!kSeveral) wait_for_copies<0>();
     cluster.sync();
   }
 
   int32_t* ids =
       choice.retrieved == nullptr ? nullptr : choice.retrieved + task * params.max_retrieved;
-  if (block == 0) {
+  {
     const auto tell = [&](int n, uint64_t threshold) {
 #pragma unroll 1
       for (int k = 0; k < blocks; ++k) *cluster.in_block(shared.thresholds + n, k) = threshold;
     };
-    const uint32_t candidates = shared.candidate_count;
-    const uint32_t part = static_cast<uint32_t>(lane) % kRankLanes;
-#pragma unroll 1
-    for (uint32_t start = static_cast<uint32_t>(warp) * (32 / kRankLanes); start < candidates;
-         start += kFewThreads / kRankLanes) {
-      const uint32_t c = start + static_cast<uint32_t>(lane) / kRankLanes;
-      const uint64_t own = c < candidates ? shared.candidates[c] : 0;
-      uint32_t smaller = count_smaller<kRankLanes>(shared.candidates, part, candidates, own);
-#pragma unroll
-      for (int step = 1; step < kRankLanes; step *= 2) {
-        smaller += __shfl_xor_sync(kAllLanes, smaller, step);
-      }
-      if (c < candidates && part == 0 && smaller == far_rank) tell(1, own);
+    if (block == last_block) {
+      find_candidate(shared, far_low, far_width, far_range.rank, [&](uint64_t own) {
+        tell(1, own);
+      });
     }
-    // From the last warp on, which had the fewest candidates.
+    if constexpr (kSeveral) {
+      auto& others = shared.others;
+      const uint32_t part = static_cast<uint32_t>(lane) % kRankLanes;
 #pragma unroll 1
-    for (uint32_t i = kFewThreads - 1 - static_cast<uint32_t>(thread); i < chosen_count;
-         i += kFewThreads) {
-      const uint64_t own = shared.chosen[i];
-      const uint32_t id = static_cast<uint32_t>(own);
-      const int bin = first_bin(static_cast<uint32_t>(own >> 32));
-      const uint32_t begin = bin > 0 ? shared.bins[bin - 1] : 0, end = shared.bins[bin];
-      const uint32_t rank = begin + count_smaller<1>(shared.chosen, begin, end, own);
-      if (rank >= static_cast<uint32_t>(retrieved)) continue;
-      if (rank + 1 == static_cast<uint32_t>(retrieved)) tell(0, own);
-      if (ids != nullptr) ids[rank] = static_cast<int32_t>(id);
-      if (choice.before == nullptr) continue;
-      if constexpr (kSeveral) {
-        shared.slots[rank] = static_cast<int32_t>(id);  // looked up while others go on
-      } else {
+      for (uint32_t start = static_cast<uint32_t>(warp) * (32 / kRankLanes);
+           start < others.near_count; start += kFewThreads / kRankLanes) {
+        const uint32_t i = start + static_cast<uint32_t>(lane) / kRankLanes;
+        const bool some = i < others.near_count;
+        const uint64_t own = some ? pair_at(others.near[i]) : 0;
+        int32_t slot = 0, tokens = 0;
+        if (some && part == 0 && choice.before != nullptr) {
+          slot = slot_of(
+              all_offsets + static_cast<uint32_t>(own), choice.store_capacity, tokens);
+        }
+        const int stretch = stretch_of(own);
+        const uint32_t begin = others.starts[stretch];
+        const uint32_t end = some ? min(others.starts[stretch + 1], chosen_count) : 0;
+        uint32_t rank = count_smaller<kRankLanes>(shared.chosen, begin + part, end, own);
+#pragma unroll
+        for (int step = 1; step < kRankLanes; step *= 2) {
+          rank += __shfl_xor_sync(kAllLanes, rank, step);
+        }
+        rank += begin;
+        if (!some || part != 0 || rank >= static_cast<uint32_t>(retrieved)) continue;
+        if (rank + 1 == static_cast<uint32_t>(retrieved)) tell(0, own);
+        if (ids != nullptr) ids[rank] = static_cast<int32_t>(own);
+        *cluster.in_block(shared.slots + rank, 0) = slot;
+        *cluster.in_block(shared.tokens + rank, 0) = tokens;
+      }
+    } else {
+      // From the last warp on, which had the fewest candidates.
+#pragma unroll 1
+      for (uint32_t i = kFewThreads - 1 - static_cast<uint32_t>(thread); i < chosen_count;
+           i += kFewThreads) {
+        const uint64_t own = shared.chosen[i];
+        const uint32_t id = static_cast<uint32_t>(own);
+        const int bin = first_bin(static_cast<uint32_t>(own >> 32));
+        const uint32_t begin = bin > 0 ? shared.bins[bin - 1] : 0, end = shared.bins[bin];
+        const uint32_t rank = begin + count_smaller<1>(shared.chosen, begin, end, own);
+        if (rank >= static_cast<uint32_t>(retrieved)) continue;
+        if (rank + 1 == static_cast<uint32_t>(retrieved)) tell(0, own);
+        if (ids != nullptr) ids[rank] = static_cast<int32_t>(id);
+        if (choice.before == nullptr) continue;
         int32_t tokens;
         shared.slots[rank] = slot_of(shared.offsets + id, choice.store_capacity, tokens);
         shared.tokens[rank] = tokens;
@@ -509,21 +645,6 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     }
   }
   cluster.sync();
-
-  const bool places = choice.before != nullptr && block == 0;
-  if constexpr (kSeveral) {
-    if (places) {
-#pragma unroll
-      for (int k = 0; k < Shared::kRetrieved / kFewThreads; ++k) {
-        const int rank = k * kFewThreads + thread;
-        if (rank >= retrieved) continue;
-        int32_t tokens;
-        shared.slots[rank] =
-            slot_of(all_offsets + shared.slots[rank], choice.store_capacity, tokens);
-        shared.tokens[rank] = tokens;
-      }
-    }
-  }
 
   // All that come no later than the last retrieved, and than the last estimated.
   uint32_t near_bits = 0, far_bits = 0;
@@ -559,10 +680,10 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   const uint32_t far_own = static_cast<uint32_t>(__popc(far_bits));
   const uint32_t far_through = scan_warp(far_own);
   // A thread's ranks follow each other.
+  const bool places = choice.before != nullptr && block == 0;
   const int thread_ranks = kSeveral ? (retrieved + kFewThreads - 1) / kFewThreads : 1;
   const int first_rank = thread * thread_ranks;
   const int end_rank = min(first_rank + thread_ranks, retrieved);
-  if constexpr (kSeveral) __syncthreads();  // all have been looked up
   uint32_t own_tokens = 0, tokens_through = 0;
   if (places && warp * 32 * thread_ranks < retrieved) {
 #pragma unroll 1
@@ -581,10 +702,11 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   int32_t* estimated_ids = choice.estimated + int64_t{task} * all_clusters;
   if constexpr (kSeveral) {
     const uint32_t all_own = sum_of_first(shared.far_totals, kFewWarps);
-    if (thread < blocks) *cluster.in_block(shared.far_parts + block, thread) = all_own;
+    uint32_t* parts = shared.others.far_parts;
+    if (thread < blocks) *cluster.in_block(parts + block, thread) = all_own;
     cluster.sync();
     estimated = static_cast<int>(all_own);  // of this block
-    estimated_ids += sum_of_first(shared.far_parts, block);
+    estimated_ids += sum_of_first(parts, block);
   }
   // Ids of the estimated clusters go out in whole lines.
   uint32_t at = sum_of_first(shared.far_totals, warp) + far_through - far_own;

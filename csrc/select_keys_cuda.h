@@ -88,6 +88,17 @@ struct Cluster {
 #endif
     __syncthreads();
   }
+  // sync() in two: all wait until all have arrived.
+  __device__ __forceinline__ void arrive() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    group.barrier_arrive();
+#endif
+  }
+  __device__ __forceinline__ void wait() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    group.barrier_wait();
+#endif
+  }
   __device__ __forceinline__ unsigned rank() const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (several) return group.block_rank();
@@ -136,12 +147,13 @@ __device__ __forceinline__ float norm_of(
   float top = -INFINITY, sum = 0.0f;
 #pragma unroll 1
   for (int64_t start = 0;;) {
+    start += 32;
+    const float2 next = block_sum(sums, start + lane, blocks, stride);  // while `own` is under way
     const float higher = fmaxf(top, own.x), origin = higher == -INFINITY ? 0.0f : higher;
     sum = sum * exp2_of(top - origin) + own.y * exp2_of(own.x - origin);
     top = higher;
-    start += 32;
     if (start >= blocks) break;
-    own = block_sum(sums, start + lane, blocks, stride);
+    own = next;
   }
   // As integers, negative numbers ascend with their magnitude.
   const auto flipped = [](int bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
