@@ -23,13 +23,15 @@ RETRO_HOST_DEVICE constexpr int few_blocks(int keys, bool several) {
 }
 // Retrieved clusters at most: of one block a thread has one.
 RETRO_HOST_DEVICE constexpr int few_retrieved(int keys, bool several) {
-  return (!several ? 1 : keys > 16 ? 5 : 4) * kFewThreads;
+  return (!several ? 1 : keys > 16 ? 5 : 3) * kFewThreads;
 }
 constexpr int kSpanBins = kBins / 32;  // a span of bins for each lane
 constexpr int kWarpSpans = 32 / kFewWarps;
 constexpr int kStretchBins = kBins / kFewThreads;  // a stretch of bins for each thread
-constexpr int kPartBits = 7;                       // candidates fall into so many parts: 4 to a lane
-constexpr int kRankLanes = 4;  // that compare one cluster with the others of its stretch
+constexpr int kPartBits = 7;   // candidates fall into so many parts: 4 to a lane
+constexpr int kRankLanes = 2;  // that compare one cluster with the others of its stretch
+constexpr int kRankAhead = 4;  // pairs of these that a lane asks for together
+constexpr int kRankEnd = 2 * kRankAhead * kRankLanes;  // entries behind the last that it looks at
 static_assert(kCandidates == kFewThreads);
 
 // What a block of several has beside the rest.
@@ -63,11 +65,11 @@ struct alignas(16) Few {
   int32_t offsets
       [kSeveral ? 4 : kFewThreads * kKeys + 4];  // of one block, which knows early what it needs
   // pair_of(id, key) of all that may be retrieved, in order of their bins, or of stretches of these.
-  uint64_t chosen[kChosen];
-  uint64_t candidates[kCandidates];             // of the last estimated
+  alignas(16) uint64_t chosen[kChosen + kRankEnd];
+  uint64_t candidates[kCandidates];               // of the last estimated
   int32_t tokens[kRetrieved], slots[kRetrieved];  // of the retrieved clusters, by rank
-  uint32_t parts[1 << kPartBits];               // of candidates, by key
-  uint32_t span_totals[32];                     // of bins
+  uint32_t parts[1 << kPartBits];                 // of candidates, by key
+  uint32_t span_totals[32];                       // of bins
   uint32_t far_totals[kFewWarps], token_totals[kFewWarps];
   uint32_t half_totals[2][kFewWarps];
   Range ranges[2];         // in which retrieved, and estimated clusters end
@@ -97,21 +99,39 @@ __device__ __forceinline__ uint32_t sum_of_first(const uint32_t* totals, int cou
   return __reduce_add_sync(kAllLanes, lane < count ? totals[lane] : 0);
 }
 
-// How many of every kStep-th entry from `first` on, before `end`, are smaller.
-template <uint32_t kStep>
+// How many entries from `first` on, before `end`, are smaller.
 __device__ __forceinline__ uint32_t
 count_smaller(const uint64_t* entries, uint32_t first, uint32_t end, uint64_t than) {
   constexpr uint32_t kTogether = 4;
   uint32_t smaller = 0;
 #pragma unroll 1
-  for (uint32_t i = first; i < end; i += kTogether * kStep) {
+  for (uint32_t i = first; i < end; i += kTogether) {
     uint64_t some[kTogether];
 #pragma unroll
-    for (uint32_t k = 0; k < kTogether; ++k) {
-      some[k] = i + k * kStep < end ? entries[i + k * kStep] : ~0ull;
-    }
+    for (uint32_t k = 0; k < kTogether; ++k) some[k] = i + k < end ? entries[i + k] : ~0ull;
 #pragma unroll
     for (uint32_t k = 0; k < kTogether; ++k) smaller += some[k] < than;
+  }
+  return smaller;
+}
+
+// How many entries before `end` are smaller, by kRankLanes lanes, of which this is `part`: where all those
+// before `begin` are, and none of the kRankEnd entries behind `end` is.
+__device__ __forceinline__ uint32_t count_smaller_together(
+    const uint64_t* entries, uint32_t begin, uint32_t end, uint32_t part, uint64_t than) {
+  const ulonglong2* pairs = reinterpret_cast<const ulonglong2*>(entries);
+  uint32_t smaller = part == 0 ? begin / 2 * 2 : 0;
+#pragma unroll 1
+  for (uint32_t i = begin / 2 + part; 2 * i < end; i += kRankAhead * kRankLanes) {
+    ulonglong2 some[kRankAhead];
+#pragma unroll
+    for (int k = 0; k < kRankAhead; ++k) some[k] = pairs[i + k * kRankLanes];
+#pragma unroll
+    for (int k = 0; k < kRankAhead; ++k) smaller += (some[k].x < than) + (some[k].y < than);
+  }
+#pragma unroll
+  for (int step = 1; step < kRankLanes; step *= 2) {
+    smaller += __shfl_xor_sync(kAllLanes, smaller, step);
   }
   return smaller;
 }
@@ -214,7 +234,7 @@ __device__ __forceinline__ void find_candidate(
   const uint32_t count = shared.part_count;
   if (thread >= count) return;
   const uint64_t candidate = shared.candidates[thread];
-  if (less + count_smaller<1>(shared.candidates, 0, count, candidate) == rank) tell(candidate);
+  if (less + count_smaller(shared.candidates, 0, count, candidate) == rank) tell(candidate);
 }
 
 // The bins in which retrieved and estimated clusters end, of all blocks: each gets the counts of all by
@@ -490,6 +510,18 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     return first_bin(static_cast<uint32_t>(pair >> 32)) / kStretchBins;
   };
   Range near_range = shared.ranges[0], far_range = shared.ranges[1];
+  // Of several blocks a cluster that may be retrieved has kRankLanes lanes, the first of which knows where
+  // its tokens lie; of the first clusters it asks early.
+  const int part = lane % kRankLanes;
+  const uint32_t first_near = static_cast<uint32_t>(thread) / kRankLanes;
+  int32_t slot = 0, slot_tokens = 0;
+  [[maybe_unused]] const auto look_up = [&](uint32_t i) {
+    if constexpr (kSeveral) {
+      if (part != 0 || choice.before == nullptr || i >= shared.others.near_count) return;
+      const int32_t* own = all_offsets + first + shared.others.near[i];
+      slot = slot_of(own, choice.store_capacity, slot_tokens);
+    }
+  };
   uint32_t chosen_count, far_low = far_range.low, far_width = far_range.high - far_range.low;
   {
     uint64_t limit = pair_of(~0u, near_range.high);
@@ -552,17 +584,21 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
             atomicAdd(cluster.in_block(&others.last_taken, 0), others.places[last_stretch]);
       }
       __syncthreads();
+      look_up(first_near);
+      if (thread < kRankEnd) shared.chosen[chosen_count + thread] = ~0ull;
 #pragma unroll 1
-      for (uint32_t i = thread; i < others.near_count; i += kFewThreads) {
+      for (uint32_t i = first_near; i < others.near_count; i += kFewThreads / kRankLanes) {
         const uint64_t own = pair_at(others.near[i]);
         uint32_t at = others.near_places[i];
         if (stretch_of(own) == last_stretch) at += others.last_place;
 #pragma unroll 1
-        for (int k = 0; k < blocks; ++k) *cluster.in_block(shared.chosen + at, k) = own;
-        if (choice.before != nullptr) prefetch_line(all_offsets + static_cast<uint32_t>(own));
+        for (int k = part; k < blocks; k += kRankLanes)
+          *cluster.in_block(shared.chosen + at, k) = own;
       }
+      // From the last warp on, which had the fewest of the others.
 #pragma unroll 1
-      for (uint32_t i = thread; i < others.far_count; i += kFewThreads) {
+      for (uint32_t i = kFewThreads - 1 - static_cast<uint32_t>(thread); i < others.far_count;
+           i += kFewThreads) {
         const uint32_t at = atomicAdd(cluster.in_block(&shared.candidate_count, last_block), 1u);
         *cluster.in_block(shared.candidates + at, last_block) = pair_at(others.far[i]);
       }
@@ -591,38 +627,28 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
       for (int k = 0; k < blocks; ++k) *cluster.in_block(shared.thresholds + n, k) = threshold;
     };
     if (block == last_block) {
-      find_candidate(shared, far_low, far_width, far_range.rank, [&](uint64_t own) {
-        tell(1, own);
-      });
+      find_candidate(
+          shared, far_low, far_width, far_range.rank, [&](uint64_t own) { tell(1, own); });
     }
     if constexpr (kSeveral) {
       auto& others = shared.others;
-      const uint32_t part = static_cast<uint32_t>(lane) % kRankLanes;
+      // Alike in a warp, as its lanes add up.
 #pragma unroll 1
       for (uint32_t start = static_cast<uint32_t>(warp) * (32 / kRankLanes);
            start < others.near_count; start += kFewThreads / kRankLanes) {
         const uint32_t i = start + static_cast<uint32_t>(lane) / kRankLanes;
         const bool some = i < others.near_count;
         const uint64_t own = some ? pair_at(others.near[i]) : 0;
-        int32_t slot = 0, tokens = 0;
-        if (some && part == 0 && choice.before != nullptr) {
-          slot = slot_of(
-              all_offsets + static_cast<uint32_t>(own), choice.store_capacity, tokens);
-        }
+        if (i >= kFewThreads / kRankLanes) look_up(i);
         const int stretch = stretch_of(own);
-        const uint32_t begin = others.starts[stretch];
         const uint32_t end = some ? min(others.starts[stretch + 1], chosen_count) : 0;
-        uint32_t rank = count_smaller<kRankLanes>(shared.chosen, begin + part, end, own);
-#pragma unroll
-        for (int step = 1; step < kRankLanes; step *= 2) {
-          rank += __shfl_xor_sync(kAllLanes, rank, step);
-        }
-        rank += begin;
+        const uint32_t rank =
+            count_smaller_together(shared.chosen, others.starts[stretch], end, part, own);
         if (!some || part != 0 || rank >= static_cast<uint32_t>(retrieved)) continue;
         if (rank + 1 == static_cast<uint32_t>(retrieved)) tell(0, own);
         if (ids != nullptr) ids[rank] = static_cast<int32_t>(own);
         *cluster.in_block(shared.slots + rank, 0) = slot;
-        *cluster.in_block(shared.tokens + rank, 0) = tokens;
+        *cluster.in_block(shared.tokens + rank, 0) = slot_tokens;
       }
     } else {
       // From the last warp on, which had the fewest candidates.
@@ -633,7 +659,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
         const uint32_t id = static_cast<uint32_t>(own);
         const int bin = first_bin(static_cast<uint32_t>(own >> 32));
         const uint32_t begin = bin > 0 ? shared.bins[bin - 1] : 0, end = shared.bins[bin];
-        const uint32_t rank = begin + count_smaller<1>(shared.chosen, begin, end, own);
+        const uint32_t rank = begin + count_smaller(shared.chosen, begin, end, own);
         if (rank >= static_cast<uint32_t>(retrieved)) continue;
         if (rank + 1 == static_cast<uint32_t>(retrieved)) tell(0, own);
         if (ids != nullptr) ids[rank] = static_cast<int32_t>(id);
