@@ -505,7 +505,8 @@ def test_ties_go_to_the_lower_cluster(
     )
     arguments["centroids"][:] = arguments["centroids"][:, :, :, :1].clone()
     # Small whole numbers: their sums are exact in any order, and tell neighbours apart.
-    arguments["centroids"][1, 0, 0] = (torch.arange(float(clusters)) % 61)[:, None]
+    arguments["centroids"][1, 0, 0] = (torch.arange(float(clusters)) % 50)[:, None]
+    arguments["totals"][1, 0, 0] = 7 * arguments["centroids"][1, 0, 0].sum(dim=0)
     arguments["variances"][:] = 0.5
     arguments["offsets"][:] = torch.arange(clusters + 1) * 7
     given = on_device(arguments, device)
