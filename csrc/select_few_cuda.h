@@ -510,16 +510,16 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     return first_bin(static_cast<uint32_t>(pair >> 32)) / kStretchBins;
   };
   Range near_range = shared.ranges[0], far_range = shared.ranges[1];
-  // Of several blocks a cluster that may be retrieved has kRankLanes lanes, the first of which knows where
-  // its tokens lie; of the first clusters it asks early.
+  // Of several blocks a cluster that may be retrieved has kRankLanes lanes, the first of which asks where its
+  // tokens begin and end; of the first clusters early, while others are under way.
   const int part = lane % kRankLanes;
   const uint32_t first_near = static_cast<uint32_t>(thread) / kRankLanes;
-  int32_t slot = 0, slot_tokens = 0;
+  int32_t bounds[2] = {0, 0};
   [[maybe_unused]] const auto look_up = [&](uint32_t i) {
     if constexpr (kSeveral) {
       if (part != 0 || choice.before == nullptr || i >= shared.others.near_count) return;
       const int32_t* own = all_offsets + first + shared.others.near[i];
-      slot = slot_of(own, choice.store_capacity, slot_tokens);
+      bounds[0] = own[0], bounds[1] = own[1];
     }
   };
   uint32_t chosen_count, far_low = far_range.low, far_width = far_range.high - far_range.low;
@@ -647,8 +647,9 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
         if (!some || part != 0 || rank >= static_cast<uint32_t>(retrieved)) continue;
         if (rank + 1 == static_cast<uint32_t>(retrieved)) tell(0, own);
         if (ids != nullptr) ids[rank] = static_cast<int32_t>(own);
-        *cluster.in_block(shared.slots + rank, 0) = slot;
-        *cluster.in_block(shared.tokens + rank, 0) = slot_tokens;
+        int32_t tokens;
+        *cluster.in_block(shared.slots + rank, 0) = slot_of(bounds, choice.store_capacity, tokens);
+        *cluster.in_block(shared.tokens + rank, 0) = tokens;
       }
     } else {
       // From the last warp on, which had the fewest candidates.
