@@ -4,8 +4,9 @@
 //
 // Several blocks share out the clusters. They wait for each other four times, and where too many clusters are
 // candidates once more for each time that these are halved: when each knows the counts of all; when each has
-// the clusters of all that may be retrieved, and the last block those that may be the last estimated; when
-// the thresholds are found; when each knows how many estimated clusters lie before its own.
+// its part, in order of their bins, of the clusters of all that may be retrieved, and the last block those that
+// may be the last estimated; when the thresholds are found; when each knows how many estimated clusters lie
+// before its own.
 #pragma once
 
 #include <type_traits>
@@ -28,26 +29,21 @@ RETRO_HOST_DEVICE constexpr int few_retrieved(int keys, bool several) {
 constexpr int kSpanBins = kBins / 32;  // a span of bins for each lane
 constexpr int kWarpSpans = 32 / kFewWarps;
 constexpr int kStretchBins = kBins / kFewThreads;  // a stretch of bins for each thread
-constexpr int kPartBits = 7;   // candidates fall into so many parts: 4 to a lane
-constexpr int kRankLanes = 2;  // that compare one cluster with the others of its stretch
-constexpr int kRankAhead = 4;  // pairs of these that a lane asks for together
-constexpr int kRankEnd = 2 * kRankAhead * kRankLanes;  // entries behind the last that it looks at
+constexpr int kPartBits = 7;  // candidates fall into so many parts: 4 to a lane
+constexpr uint64_t kNone = ~0ull;
 static_assert(kCandidates == kFewThreads);
 
 // What a block of several has beside the rest.
-template <int kChosen>
 struct FewOfSeveral {
   uint16_t counts[kMostBlocks][kFewThreads];  // of each block's keys, by stretch
-  uint32_t starts[kFewThreads + 1];           // how many keys of all blocks lie before a stretch
-  // Where the next of this block's clusters goes among the chosen, by stretch; of the last stretch, where
-  // not all are chosen, how many have come.
-  uint32_t places[kFewThreads];
-  // Clusters of this block, counted from its first, that may be retrieved, and their places; that may be
-  // the last estimated.
-  uint16_t near[kChosen], near_places[kChosen], far[kCandidates];
-  uint32_t near_count, far_count;
-  uint32_t last_place;  // of this block's in the last stretch
-  uint32_t last_taken;  // in the first block: how many places there are taken
+  uint32_t stretch_starts[kFewThreads];       // how many keys of all blocks lie before a stretch
+  // The same by bins, up to those that may be retrieved, and where the next of this block's clusters goes
+  // among the chosen: two to a word, that one may count in it.
+  uint16_t starts[kBins];
+  uint32_t places[kBins / 2];
+  int first_stretch;  // with keys
+  uint32_t
+      last_taken;  // places of the last bin, where not all are chosen: in the block that has it
   uint32_t far_parts[kMostBlocks], half_parts[2][kMostBlocks];  // far_totals, half_totals of each
 };
 struct FewOfOne {};
@@ -64,8 +60,9 @@ struct alignas(16) Few {
   uint32_t keys[kFewThreads * kKeys];
   int32_t offsets
       [kSeveral ? 4 : kFewThreads * kKeys + 4];  // of one block, which knows early what it needs
-  // pair_of(id, key) of all that may be retrieved, in order of their bins, or of stretches of these.
-  alignas(16) uint64_t chosen[kChosen + kRankEnd];
+  // pair_of(id, key) of all that may be retrieved, in order of their bins; of several blocks each has all of
+  // some bins, and kNone elsewhere.
+  alignas(16) uint64_t chosen[kChosen];
   uint64_t candidates[kCandidates];               // of the last estimated
   int32_t tokens[kRetrieved], slots[kRetrieved];  // of the retrieved clusters, by rank
   uint32_t parts[1 << kPartBits];                 // of candidates, by key
@@ -76,7 +73,7 @@ struct alignas(16) Few {
   uint64_t thresholds[2];  // pair_of(id, key) of the last retrieved, and of the last estimated
   uint32_t candidate_count, part_count;
   Budget budget;
-  std::conditional_t<kSeveral, FewOfSeveral<kChosen>, FewOfOne> others;
+  std::conditional_t<kSeveral, FewOfSeveral, FewOfOne> others;
 };
 
 // Where a warp keeps the key that one of its lanes reads in one of its rows of 32. Keys are written by
@@ -111,27 +108,6 @@ count_smaller(const uint64_t* entries, uint32_t first, uint32_t end, uint64_t th
     for (uint32_t k = 0; k < kTogether; ++k) some[k] = i + k < end ? entries[i + k] : ~0ull;
 #pragma unroll
     for (uint32_t k = 0; k < kTogether; ++k) smaller += some[k] < than;
-  }
-  return smaller;
-}
-
-// How many entries before `end` are smaller, by kRankLanes lanes, of which this is `part`: where all those
-// before `begin` are, and none of the kRankEnd entries behind `end` is.
-__device__ __forceinline__ uint32_t count_smaller_together(
-    const uint64_t* entries, uint32_t begin, uint32_t end, uint32_t part, uint64_t than) {
-  const ulonglong2* pairs = reinterpret_cast<const ulonglong2*>(entries);
-  uint32_t smaller = part == 0 ? begin / 2 * 2 : 0;
-#pragma unroll 1
-  for (uint32_t i = begin / 2 + part; 2 * i < end; i += kRankAhead * kRankLanes) {
-    ulonglong2 some[kRankAhead];
-#pragma unroll
-    for (int k = 0; k < kRankAhead; ++k) some[k] = pairs[i + k * kRankLanes];
-#pragma unroll
-    for (int k = 0; k < kRankAhead; ++k) smaller += (some[k].x < than) + (some[k].y < than);
-  }
-#pragma unroll
-  for (int step = 1; step < kRankLanes; step *= 2) {
-    smaller += __shfl_xor_sync(kAllLanes, smaller, step);
   }
   return smaller;
 }
@@ -237,14 +213,41 @@ __device__ __forceinline__ void find_candidate(
   if (less + count_smaller(shared.candidates, 0, count, candidate) == rank) tell(candidate);
 }
 
+// Adds up what all blocks count in a bin; `before_block` gets what those before this one do.
+__device__ __forceinline__ uint32_t count_of_all(
+    const uint32_t* bin, const Cluster& cluster, int block, int blocks, uint32_t& before_block) {
+  uint32_t counts[kMostBlocks], total = 0;
+#pragma unroll
+  for (int k = 0; k < static_cast<int>(kMostBlocks); ++k) {
+    counts[k] = k < blocks ? *cluster.in_block(bin, k) : 0;
+  }
+  before_block = 0;
+#pragma unroll
+  for (int k = 0; k < static_cast<int>(kMostBlocks); ++k) {
+    if (k < block) before_block += counts[k];
+    total += counts[k];
+  }
+  return total;
+}
+
+// Sum over the threads of a block before this one.
+template <typename Shared>
+__device__ __forceinline__ uint32_t sum_before(Shared& shared, uint32_t own) {
+  const uint32_t through = scan_warp(own);
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  if (threadIdx.x % 32 == 31) shared.span_totals[warp] = through;
+  __syncthreads();
+  return sum_of_first(shared.span_totals, warp) + through - own;
+}
+
 // The bins in which retrieved and estimated clusters end, of all blocks: each gets the counts of all by
-// stretches of bins, and asks for those of the bins only where one ends.
+// stretches of bins, and asks for those of the bins where estimated clusters end, and of those with
+// clusters that may be retrieved.
 template <typename Shared>
 __device__ __forceinline__ void find_bins_together(
     Shared& shared, const Cluster& cluster, int block, int blocks) {
   auto& others = shared.others;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int warp = thread / 32, lane = thread % 32;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const uint32_t ranks[2] = {shared.ranges[0].rank, shared.ranges[1].rank};
   uint32_t own = 0;
 #pragma unroll
@@ -258,45 +261,54 @@ __device__ __forceinline__ void find_bins_together(
     *cluster.in_block(&others.counts[block][thread], k) = static_cast<uint16_t>(own);
   }
   cluster.sync();
-  uint32_t total = 0, before_block = 0;
+  uint32_t total = 0;
 #pragma unroll
   for (int k = 0; k < static_cast<int>(kMostBlocks); ++k) {
-    const uint32_t count = k < blocks ? others.counts[k][thread] : 0;
-    if (k < block) before_block += count;
-    total += count;
+    total += k < blocks ? others.counts[k][thread] : 0;
   }
-  const uint32_t through = scan_warp(total);
-  if (lane == 31) shared.span_totals[warp] = through;
-  __syncthreads();
-  const uint32_t less = sum_of_first(shared.span_totals, warp) + through - total;
-  others.starts[thread] = less;
-  others.places[thread] = less + before_block;
-  if (thread == kFewThreads - 1) others.starts[kFewThreads] = less + total;
+  const uint32_t less = sum_before(shared, total);
+  others.stretch_starts[thread] = less;
+  if (less == 0 && total > 0) others.first_stretch = thread;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    if (ranks[n] - less >= total) continue;
-    shared.ranges[n] = {static_cast<uint32_t>(thread), 0, ranks[n] - less, total};
-    if (n == 0) others.places[thread] = 0;
+    if (ranks[n] - less < total) {
+      shared.ranges[n] = {static_cast<uint32_t>(thread), 0, ranks[n] - less, total};
+    }
   }
   __syncthreads();
-  if (warp < 2 && shared.ranges[warp].count > 0) {
-    const Range stretch = shared.ranges[warp];
-    const int bin = static_cast<int>(stretch.low) * kStretchBins + lane % kStretchBins;
-    uint32_t count = 0;
-#pragma unroll
-    for (int k = 0; k < static_cast<int>(kMostBlocks); k += 32 / kStretchBins) {
-      const int from = k + lane / kStretchBins;
-      if (from < blocks) count += *cluster.in_block(shared.bins + bin, from);
-    }
-#pragma unroll
-    for (int step = kStretchBins; step < 32; step *= 2) {
-      count += __shfl_xor_sync(kAllLanes, count, step);
-    }
+
+  const auto found = [&](int n, int bin, uint32_t rank, uint32_t count) {
+    Range range = {0, 0, rank, count};
+    cut_first(bin, range);
+    shared.ranges[n] = range;
+  };
+  const Range near = shared.ranges[0], far = shared.ranges[1];
+  __syncthreads();
+  uint32_t before_block;
+  if (thread < 32 && far.count > 0) {
+    const int bin = static_cast<int>(far.low) * kStretchBins + lane % kStretchBins;
+    const uint32_t count = count_of_all(shared.bins + bin, cluster, block, blocks, before_block);
     const uint32_t before = scan_warp(count) - count;
-    if (lane < kStretchBins && stretch.rank - before < count) {
-      Range range = {0, 0, stretch.rank - before, count};
-      cut_first(bin, range);
-      shared.ranges[warp] = range;
+    if (lane < kStretchBins && far.rank - before < count) found(1, bin, far.rank - before, count);
+  }
+  if (near.count > 0) {
+    const int end = (static_cast<int>(near.low) + 1) * kStretchBins;
+#pragma unroll 1
+    for (int start = others.first_stretch * kStretchBins; start < end; start += kFewThreads) {
+      const int bin = start + thread;
+      uint32_t count = 0;
+      before_block = 0;
+      if (bin < end) count = count_of_all(shared.bins + bin, cluster, block, blocks, before_block);
+      const uint32_t before =
+          others.stretch_starts[start / kStretchBins] + sum_before(shared, count);
+      if (bin < end) {
+        // Behind the last that may be retrieved these may be too large, and are not used.
+        others.starts[bin] = static_cast<uint16_t>(before);
+        reinterpret_cast<uint16_t*>(others.places)[bin] =
+            static_cast<uint16_t>(before + before_block);
+      }
+      if (ranks[0] - before < count) found(0, bin, ranks[0] - before, count);
+      __syncthreads();
     }
   }
   __syncthreads();
@@ -321,8 +333,8 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   release_successor();
   if constexpr (!kSeveral) blocks = 1;
-  const int task = static_cast<int>(blockIdx.x) / blocks;
-  const int block = static_cast<int>(blockIdx.x) - task * blocks;
+  const int task = static_cast<int>(blockIdx.x) >> (kSeveral ? __ffs(blocks) - 1 : 0);
+  const int block = kSeveral ? static_cast<int>(blockIdx.x) & (blocks - 1) : 0;
   const int b = task / static_cast<int>(params.heads);
   const int groups = kGroups > 0 ? kGroups : static_cast<int>(params.groups);
   const int all_clusters = static_cast<int>(params.clusters);
@@ -334,6 +346,12 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     reinterpret_cast<uint4*>(shared.bins)[i * kFewThreads + thread] = make_uint4(0, 0, 0, 0);
   }
   if (thread < 1 << kPartBits) shared.parts[thread] = 0;
+  if constexpr (kSeveral) {
+#pragma unroll
+    for (int i = 0; i < Shared::kChosen / kFewThreads; ++i) {
+      shared.chosen[i * kFewThreads + thread] = kNone;
+    }
+  }
   wait_for_predecessor();
 
   // What others wait for comes first: norms, and how many clusters to choose.
@@ -403,9 +421,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     shared.ranges[0] = {0, 0, static_cast<uint32_t>(budget.retrieved) - 1, 0};
     shared.ranges[1] = {0, 0, searched ? static_cast<uint32_t>(wanted) - 1 : ~0u, 0};
     shared.candidate_count = shared.part_count = 0;
-    if constexpr (kSeveral) {
-      shared.others.near_count = shared.others.far_count = shared.others.last_taken = 0;
-    }
+    if constexpr (kSeveral) shared.others.last_taken = 0;
     if (block == 0) choice.estimated_counts[task] = budget.estimated;
   }
   __syncthreads();
@@ -506,23 +522,12 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     const uint32_t key = shared.keys[own / (32 * kKeys) * (32 * kKeys) + at];
     return pair_of(static_cast<uint32_t>(first + own), key);
   };
-  const auto stretch_of = [](uint64_t pair) {
-    return first_bin(static_cast<uint32_t>(pair >> 32)) / kStretchBins;
-  };
+  const auto bin_of = [](uint64_t pair) { return first_bin(static_cast<uint32_t>(pair >> 32)); };
   Range near_range = shared.ranges[0], far_range = shared.ranges[1];
-  // Of several blocks a cluster that may be retrieved has kRankLanes lanes, the first of which asks where its
-  // tokens begin and end; of the first clusters early, while others are under way.
-  const int part = lane % kRankLanes;
-  const uint32_t first_near = static_cast<uint32_t>(thread) / kRankLanes;
-  int32_t bounds[2] = {0, 0};
-  [[maybe_unused]] const auto look_up = [&](uint32_t i) {
-    if constexpr (kSeveral) {
-      if (part != 0 || choice.before == nullptr || i >= shared.others.near_count) return;
-      const int32_t* own = all_offsets + first + shared.others.near[i];
-      bounds[0] = own[0], bounds[1] = own[1];
-    }
-  };
   uint32_t chosen_count, far_low = far_range.low, far_width = far_range.high - far_range.low;
+  // Of several blocks: in which retrieved clusters end; from the place of a bin's first cluster among the
+  // chosen to the block that has them.
+  int last_bin = 0, owner_shift = 0;
   {
     uint64_t limit = pair_of(~0u, near_range.high);
     if (near_range.count > kCandidates) {
@@ -564,50 +569,39 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     };
     if constexpr (kSeveral) {
       auto& others = shared.others;
+      const int most = static_cast<int>(max(chosen_count, 1u) - 1) / blocks;
+      owner_shift = 32 - __clz(most);
+      last_bin = bin_of(limit);
 #pragma unroll 1
       while (near_bits != 0) {
-        const int own = take(near_bits);
-        const uint32_t at = atomicAdd(&others.near_count, 1u);
-        others.near[at] = static_cast<uint16_t>(own);
-        others.near_places[at] =
-            static_cast<uint16_t>(atomicAdd(&others.places[stretch_of(pair_at(own))], 1u));
+        const uint64_t own = pair_at(take(near_bits));
+        const int bin = bin_of(own), half = bin % 2 * 16;
+        uint32_t at = others.starts[bin];
+        const uint32_t owner = at >> owner_shift;
+        if (bin == last_bin) {
+          at += atomicAdd(cluster.in_block(&others.last_taken, owner), 1u);
+        } else {
+          at = atomicAdd(&others.places[bin / 2], 1u << half) >> half & 0xffff;
+        }
+        *cluster.in_block(shared.chosen + at, owner) = own;
+        if (choice.before != nullptr) prefetch_line(all_offsets + static_cast<uint32_t>(own));
       }
-#pragma unroll 1
-      while (far_bits != 0) {
-        const int own = take(far_bits);
-        others.far[atomicAdd(&others.far_count, 1u)] = static_cast<uint16_t>(own);
+      const uint32_t far_count = static_cast<uint32_t>(__popc(far_bits));
+      const uint32_t far_through = scan_warp(far_count);
+      uint32_t at = 0;
+      if (lane == 31 && far_through > 0) {
+        at = atomicAdd(cluster.in_block(&shared.candidate_count, last_block), far_through);
       }
-      __syncthreads();
-      const int last_stretch = stretch_of(limit);
-      if (thread == 0) {
-        others.last_place = others.starts[last_stretch] +
-            atomicAdd(cluster.in_block(&others.last_taken, 0), others.places[last_stretch]);
-      }
-      __syncthreads();
-      look_up(first_near);
-      if (thread < kRankEnd) shared.chosen[chosen_count + thread] = ~0ull;
+      at = __shfl_sync(kAllLanes, at, 31) + far_through - far_count;
 #pragma unroll 1
-      for (uint32_t i = first_near; i < others.near_count; i += kFewThreads / kRankLanes) {
-        const uint64_t own = pair_at(others.near[i]);
-        uint32_t at = others.near_places[i];
-        if (stretch_of(own) == last_stretch) at += others.last_place;
-#pragma unroll 1
-        for (int k = part; k < blocks; k += kRankLanes)
-          *cluster.in_block(shared.chosen + at, k) = own;
-      }
-      // From the last warp on, which had the fewest of the others.
-#pragma unroll 1
-      for (uint32_t i = kFewThreads - 1 - static_cast<uint32_t>(thread); i < others.far_count;
-           i += kFewThreads) {
-        const uint32_t at = atomicAdd(cluster.in_block(&shared.candidate_count, last_block), 1u);
-        *cluster.in_block(shared.candidates + at, last_block) = pair_at(others.far[i]);
+      for (; far_bits != 0; ++at) {
+        *cluster.in_block(shared.candidates + at, last_block) = pair_at(take(far_bits));
       }
     } else {
 #pragma unroll 1
       while (near_bits != 0) {
         const uint64_t own = pair_at(take(near_bits));
-        const int bin = first_bin(static_cast<uint32_t>(own >> 32));
-        shared.chosen[atomicAdd(&shared.bins[bin], 1u)] = own;
+        shared.chosen[atomicAdd(&shared.bins[bin_of(own)], 1u)] = own;
       }
 #pragma unroll 1
       while (far_bits != 0) {
@@ -630,45 +624,38 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
       find_candidate(
           shared, far_low, far_width, far_range.rank, [&](uint64_t own) { tell(1, own); });
     }
-    if constexpr (kSeveral) {
-      auto& others = shared.others;
-      // Alike in a warp, as its lanes add up.
+    // From the last warp on, which had the fewest candidates.
+    const uint32_t first_place = static_cast<uint32_t>(block) << owner_shift;
 #pragma unroll 1
-      for (uint32_t start = static_cast<uint32_t>(warp) * (32 / kRankLanes);
-           start < others.near_count; start += kFewThreads / kRankLanes) {
-        const uint32_t i = start + static_cast<uint32_t>(lane) / kRankLanes;
-        const bool some = i < others.near_count;
-        const uint64_t own = some ? pair_at(others.near[i]) : 0;
-        if (i >= kFewThreads / kRankLanes) look_up(i);
-        const int stretch = stretch_of(own);
-        const uint32_t end = some ? min(others.starts[stretch + 1], chosen_count) : 0;
-        const uint32_t rank =
-            count_smaller_together(shared.chosen, others.starts[stretch], end, part, own);
-        if (!some || part != 0 || rank >= static_cast<uint32_t>(retrieved)) continue;
-        if (rank + 1 == static_cast<uint32_t>(retrieved)) tell(0, own);
-        if (ids != nullptr) ids[rank] = static_cast<int32_t>(own);
-        int32_t tokens;
-        *cluster.in_block(shared.slots + rank, 0) = slot_of(bounds, choice.store_capacity, tokens);
-        *cluster.in_block(shared.tokens + rank, 0) = tokens;
+    for (uint32_t i = first_place + kFewThreads - 1 - static_cast<uint32_t>(thread);
+         i < chosen_count; i += kFewThreads) {
+      const uint64_t own = shared.chosen[i];
+      const uint32_t id = static_cast<uint32_t>(own);
+      const int bin = bin_of(own);
+      int32_t* slots = cluster.in_block(shared.slots, 0);
+      int32_t* all_tokens = cluster.in_block(shared.tokens, 0);
+      uint32_t begin, end;
+      int32_t slot = 0, tokens = 0;
+      if constexpr (kSeveral) {
+        if (own == kNone) continue;
+        if (choice.before != nullptr) {
+          slot = slot_of(all_offsets + id, choice.store_capacity, tokens);
+        }
+        begin = shared.others.starts[bin];
+        end = bin == last_bin ? chosen_count : shared.others.starts[bin + 1];
+      } else {
+        begin = bin > 0 ? shared.bins[bin - 1] : 0, end = shared.bins[bin];
       }
-    } else {
-      // From the last warp on, which had the fewest candidates.
-#pragma unroll 1
-      for (uint32_t i = kFewThreads - 1 - static_cast<uint32_t>(thread); i < chosen_count;
-           i += kFewThreads) {
-        const uint64_t own = shared.chosen[i];
-        const uint32_t id = static_cast<uint32_t>(own);
-        const int bin = first_bin(static_cast<uint32_t>(own >> 32));
-        const uint32_t begin = bin > 0 ? shared.bins[bin - 1] : 0, end = shared.bins[bin];
-        const uint32_t rank = begin + count_smaller(shared.chosen, begin, end, own);
-        if (rank >= static_cast<uint32_t>(retrieved)) continue;
-        if (rank + 1 == static_cast<uint32_t>(retrieved)) tell(0, own);
-        if (ids != nullptr) ids[rank] = static_cast<int32_t>(id);
-        if (choice.before == nullptr) continue;
-        int32_t tokens;
-        shared.slots[rank] = slot_of(shared.offsets + id, choice.store_capacity, tokens);
-        shared.tokens[rank] = tokens;
+      const uint32_t rank = begin + count_smaller(shared.chosen, begin, end, own);
+      if (rank >= static_cast<uint32_t>(retrieved)) continue;
+      if (rank + 1 == static_cast<uint32_t>(retrieved)) tell(0, own);
+      if (ids != nullptr) ids[rank] = static_cast<int32_t>(id);
+      if (choice.before == nullptr) continue;
+      if constexpr (!kSeveral) {
+        slot = slot_of(shared.offsets + id, choice.store_capacity, tokens);
       }
+      slots[rank] = slot;
+      all_tokens[rank] = tokens;
     }
   }
   cluster.sync();
