@@ -285,7 +285,8 @@ __device__ __forceinline__ void find_bins_together(
   const Range near = shared.ranges[0], far = shared.ranges[1];
   __syncthreads();
   uint32_t before_block;
-  if (thread < 32 && far.count > 0) {
+  // By the last warp, which as a rule has none of the other bins.
+  if (thread >= kFewThreads - 32 && far.count > 0) {
     const int bin = static_cast<int>(far.low) * kStretchBins + lane % kStretchBins;
     const uint32_t count = count_of_all(shared.bins + bin, cluster, block, blocks, before_block);
     const uint32_t before = scan_warp(count) - count;
@@ -411,15 +412,13 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   if (thread == kFewThreads - 1) {
     const Budget budget = budget_of(params, counted_clusters);
     const int wanted = budget.retrieved + budget.estimated;
-    // The last of all clusters needs no search.
+    // The last of all live clusters needs no search.
     const bool searched = budget.estimated > 0 && wanted < budget.live;
     shared.budget = budget;
-    shared.thresholds[0] = 0;
-    shared.thresholds[1] =
-        budget.estimated > 0 ? pair_of(static_cast<uint32_t>(budget.live) - 1, kLastKey) : 0;
-    // No key is 0: what is not searched for has no candidates.
+    // What is not searched for has no candidates, and all live keys before its range, or none.
+    const uint32_t low = budget.estimated > 0 ? ~0u : 0;
     shared.ranges[0] = {0, 0, static_cast<uint32_t>(budget.retrieved) - 1, 0};
-    shared.ranges[1] = {0, 0, searched ? static_cast<uint32_t>(wanted) - 1 : ~0u, 0};
+    shared.ranges[1] = {low, low, searched ? static_cast<uint32_t>(wanted) - 1 : ~0u, 0};
     shared.candidate_count = shared.part_count = 0;
     if constexpr (kSeveral) shared.others.last_taken = 0;
     if (block == 0) choice.estimated_counts[task] = budget.estimated;
@@ -528,6 +527,14 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   // Of several blocks: in which retrieved clusters end; from the place of a bin's first cluster among the
   // chosen to the block that has them.
   int last_bin = 0, owner_shift = 0;
+  // Of this thread's clusters: those that may be retrieved; those that may be the last estimated, and those
+  // before these.
+  uint32_t near_bits = 0, far_bits = 0, sure_bits = 0;
+  const auto take = [&](uint32_t& bits) {
+    const int own = own_first + __ffs(static_cast<int>(bits)) - 1;
+    bits &= bits - 1;
+    return own;
+  };
   {
     uint64_t limit = pair_of(~0u, near_range.high);
     if (near_range.count > kCandidates) {
@@ -543,38 +550,34 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
       far_range = narrowed.range;
       far_low = far_range.low;
       far_width = far_range.high - far_low;
-      if (far_range.count > kCandidates) {
-        if (thread == 0) shared.thresholds[1] = narrowed.last;
-        far_low = far_width = 0;
-      }
+      if (far_range.count > kCandidates && thread == 0) shared.thresholds[1] = narrowed.last;
     }
-    uint32_t near_bits = 0, far_bits = 0;
 #pragma unroll 1
     for (int c = 0; c < kChunks; ++c) {
-      uint32_t keys[4], near = 0, far = 0;
+      uint32_t keys[4], near = 0, far = 0, sure = 0;
       own_keys(c, keys);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const uint32_t id = static_cast<uint32_t>(first_id + 4 * c + k);
         if (pair_of(id, keys[k]) <= limit) near |= 1u << k;
         if (keys[k] - far_low <= far_width) far |= 1u << k;
+        if (keys[k] < far_low) sure |= 1u << k;
       }
       near_bits |= near << 4 * c;
       far_bits |= far << 4 * c;
+      sure_bits |= sure << 4 * c;
     }
-    const auto take = [&](uint32_t& bits) {
-      const int own = own_first + __ffs(static_cast<int>(bits)) - 1;
-      bits &= bits - 1;
-      return own;
-    };
+    if (far_range.count == 0) far_bits = 0;
+    // Of too many equal keys none is a candidate: the last is known.
+    uint32_t near_left = near_bits, far_left = far_range.count > kCandidates ? 0 : far_bits;
     if constexpr (kSeveral) {
       auto& others = shared.others;
       const int most = static_cast<int>(max(chosen_count, 1u) - 1) / blocks;
       owner_shift = 32 - __clz(most);
       last_bin = bin_of(limit);
 #pragma unroll 1
-      while (near_bits != 0) {
-        const uint64_t own = pair_at(take(near_bits));
+      while (near_left != 0) {
+        const uint64_t own = pair_at(take(near_left));
         const int bin = bin_of(own), half = bin % 2 * 16;
         uint32_t at = others.starts[bin];
         const uint32_t owner = at >> owner_shift;
@@ -586,7 +589,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
         *cluster.in_block(shared.chosen + at, owner) = own;
         if (choice.before != nullptr) prefetch_line(all_offsets + static_cast<uint32_t>(own));
       }
-      const uint32_t far_count = static_cast<uint32_t>(__popc(far_bits));
+      const uint32_t far_count = static_cast<uint32_t>(__popc(far_left));
       const uint32_t far_through = scan_warp(far_count);
       uint32_t at = 0;
       if (lane == 31 && far_through > 0) {
@@ -594,18 +597,18 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
       }
       at = __shfl_sync(kAllLanes, at, 31) + far_through - far_count;
 #pragma unroll 1
-      for (; far_bits != 0; ++at) {
-        *cluster.in_block(shared.candidates + at, last_block) = pair_at(take(far_bits));
+      for (; far_left != 0; ++at) {
+        *cluster.in_block(shared.candidates + at, last_block) = pair_at(take(far_left));
       }
     } else {
 #pragma unroll 1
-      while (near_bits != 0) {
-        const uint64_t own = pair_at(take(near_bits));
+      while (near_left != 0) {
+        const uint64_t own = pair_at(take(near_left));
         shared.chosen[atomicAdd(&shared.bins[bin_of(own)], 1u)] = own;
       }
 #pragma unroll 1
-      while (far_bits != 0) {
-        const uint64_t own = pair_at(take(far_bits));
+      while (far_left != 0) {
+        const uint64_t own = pair_at(take(far_left));
         shared.candidates[atomicAdd(&shared.candidate_count, 1u)] = own;
       }
       wait_for_copies<0>();
@@ -660,36 +663,29 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   }
   cluster.sync();
 
-  // All that come no later than the last retrieved, and than the last estimated.
-  uint32_t near_bits = 0, far_bits = 0;
-  {
-    const uint64_t near = shared.thresholds[0], far = shared.thresholds[1];
+  // Of all that may be, those that come no later than the last retrieved, and than the last estimated.
+  const auto keep = [&](uint32_t& bits, uint64_t last) {
 #pragma unroll 1
-    for (int c = 0; c < kChunks; ++c) {
-      uint32_t keys[4], some_near = 0, some_far = 0;
-      own_keys(c, keys);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint64_t own = pair_of(static_cast<uint32_t>(first_id + 4 * c + k), keys[k]);
-        if (own <= near) some_near |= 1u << k;
-        if (own <= far) some_far |= 1u << k;
-      }
-      near_bits |= some_near << 4 * c;
-      far_bits |= some_far << 4 * c;
+    for (uint32_t left = bits; left != 0;) {
+      const uint32_t lowest = left & (0 - left);
+      if (pair_at(take(left)) > last) bits ^= lowest;
     }
-    const int held = min(max(live - own_first, 0), kKeys);
-    if (choice.tail != nullptr && own_first < (live + 31) / 32 * 32) {
-      const uint32_t tail = (held > 0 ? ~0u >> (32 - held) : 0) & ~(near_bits | far_bits);
-      uint32_t* words = choice.tail + int64_t{task} * ((all_clusters + 31) / 32) + first / 32;
-      if constexpr (kKeys == 32) words[thread] = tail;
-      else if constexpr (kKeys == 16) {
-        reinterpret_cast<uint16_t*>(words)[thread] = static_cast<uint16_t>(tail);
-      } else {
-        static_assert(kKeys == 8);
-        reinterpret_cast<uint8_t*>(words)[thread] = static_cast<uint8_t>(tail);
-      }
+  };
+  keep(near_bits, shared.thresholds[0]);
+  keep(far_bits, shared.thresholds[1]);
+  const int held = min(max(live - own_first, 0), kKeys);
+  const uint32_t live_bits = held > 0 ? ~0u >> (32 - held) : 0;
+  far_bits = (far_bits | sure_bits) & live_bits & ~near_bits;
+  if (choice.tail != nullptr && own_first < (live + 31) / 32 * 32) {
+    const uint32_t tail = live_bits & ~(near_bits | far_bits);
+    uint32_t* words = choice.tail + int64_t{task} * ((all_clusters + 31) / 32) + first / 32;
+    if constexpr (kKeys == 32) words[thread] = tail;
+    else if constexpr (kKeys == 16) {
+      reinterpret_cast<uint16_t*>(words)[thread] = static_cast<uint16_t>(tail);
+    } else {
+      static_assert(kKeys == 8);
+      reinterpret_cast<uint8_t*>(words)[thread] = static_cast<uint8_t>(tail);
     }
-    far_bits &= ~near_bits;
   }
   const uint32_t far_own = static_cast<uint32_t>(__popc(far_bits));
   const uint32_t far_through = scan_warp(far_own);
@@ -725,13 +721,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   // Ids of the estimated clusters go out in whole lines.
   uint32_t at = sum_of_first(shared.far_totals, warp) + far_through - far_own;
 #pragma unroll 1
-  for (int c = 0; c < kChunks; ++c) {
-    const uint32_t some = far_bits >> 4 * c;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (some >> k & 1) shared.keys[at++] = static_cast<uint32_t>(first_id + 4 * c + k);
-    }
-  }
+  while (far_bits != 0) shared.keys[at++] = static_cast<uint32_t>(first + take(far_bits));
   if (places) {
     int32_t* before = choice.before + task * (params.max_retrieved + 1);
     int32_t* shift = choice.shift + task * params.max_retrieved;
