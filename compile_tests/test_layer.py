@@ -746,7 +746,7 @@ def test_export(strict: bool) -> None:
         each.prefill(*tokens.prompt(70))
     program = torch.export.export(Step(layer), tokens.at(70), strict=strict)
     targets = [str(node.target) for node in program.graph.nodes if "retro" in str(node.target)]
-    names = ("append_tokens", "grow_index", "wave_estimate", "cluster_gather", "merged_attention")
+    names = ("append_tokens", "wave_estimate", "cluster_gather", "merged_attention", "grow_index")
     assert targets == [f"retro.{name}.default" for name in names]
     # Tracing runs no op: the exported state is that of the prompt.
     assert_unchanged(layer, snapshot(expected))

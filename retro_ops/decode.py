@@ -31,7 +31,11 @@ def decode_step(
     scale: float,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Appends one token per row and attends to the whole context.
+    """Appends one token per row, attends to the whole context, and indexes what is full.
+
+    The index grows last: the token that fills a segment still attends to it as it is, and on a GPU
+    the scores of clusters, whose first copies overlap with `append_tokens`, do not wait for
+    `grow_index`, which as a rule finds nothing to do.
 
     Args:
         layer: the state; changed in place.
@@ -43,9 +47,15 @@ def decode_step(
     Returns:
         `[B, Hq, D]` in query's dtype.
     """
-    config, index = layer.config, layer.index
     append_tokens(keys, values, None, layer.steady, layer.counters, layer.max_length)
+    out = _attend(layer, query, scale, sinks)
     wave_index.grow(layer)
+    return out
+
+
+def _attend(layer: RetroLayer, query: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
+    """Attention of `[B, Hq, D]` queries to the whole context, with the ops of where it lies."""
+    config, index = layer.config, layer.index
     if query.is_cuda and layer.offload and sinks is None:  # the rest in one op, the same bits
         return offloaded_attention(
             query,
