@@ -178,16 +178,17 @@ __device__ __noinline__ Narrowed narrow(Range range, int block, int blocks) {
   return {range, pair_of(first, range.low)};
 }
 
-// Finds the cluster of a rank among the candidates, whose keys lie from `low` on, `width` apart at most, and
-// tells it. All threads of a block, each with a candidate.
+// Finds the cluster of a range's rank among the candidates, which are all of the range, and tells it. All
+// threads of a block, each with a candidate.
 template <typename Shared, typename Tell>
 __device__ __forceinline__ void find_candidate(
-    Shared& shared, uint32_t low, uint32_t width, uint32_t rank, const Tell& tell) {
+    Shared& shared, const Range& range, const Tell& tell) {
   const uint32_t thread = threadIdx.x, lane = threadIdx.x % 32;
+  const uint32_t width = range.high - range.low, rank = range.rank;
   const int shift = max(32 - __clz(static_cast<int>(width)) - kPartBits, 0);
   const bool some = thread < shared.candidate_count;
   const uint64_t own = some ? shared.candidates[thread] : 0;
-  const uint32_t part = (static_cast<uint32_t>(own >> 32) - low) >> shift;
+  const uint32_t part = (static_cast<uint32_t>(own >> 32) - range.low) >> shift;
   if (some) atomicAdd(&shared.parts[part], 1u);
   __syncthreads();
   const uint4 counts = reinterpret_cast<const uint4*>(shared.parts)[lane];
@@ -416,9 +417,9 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     const bool searched = budget.estimated > 0 && wanted < budget.live;
     shared.budget = budget;
     // What is not searched for has no candidates, and all live keys before its range, or none.
-    const uint32_t low = budget.estimated > 0 ? ~0u : 0;
-    shared.ranges[0] = {0, 0, static_cast<uint32_t>(budget.retrieved) - 1, 0};
-    shared.ranges[1] = {low, low, searched ? static_cast<uint32_t>(wanted) - 1 : ~0u, 0};
+    shared.ranges[0] = Range{0, 0, static_cast<uint32_t>(budget.retrieved) - 1, 0};
+    shared.ranges[1] = Range{0, 0, searched ? static_cast<uint32_t>(wanted) - 1 : ~0u, 0};
+    if (budget.estimated > 0) shared.ranges[1].low = shared.ranges[1].high = ~0u;
     shared.candidate_count = shared.part_count = 0;
     if constexpr (kSeveral) shared.others.last_taken = 0;
     if (block == 0) choice.estimated_counts[task] = budget.estimated;
@@ -463,7 +464,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     }
   }
   // From here on a thread's clusters follow each other.
-  const int own_first = thread * kKeys, first_id = first + own_first;
+  const int own_first = thread * kKeys;
   const auto own_keys = [&](int c, uint32_t (&keys)[4]) {
     const int at = place_in_warp<kKeys>(lane * kKeys + 4 * c);
     const uint4 four = *reinterpret_cast<const uint4*>(shared.keys + warp * 32 * kKeys + at);
@@ -523,7 +524,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   };
   const auto bin_of = [](uint64_t pair) { return first_bin(static_cast<uint32_t>(pair >> 32)); };
   Range near_range = shared.ranges[0], far_range = shared.ranges[1];
-  uint32_t chosen_count, far_low = far_range.low, far_width = far_range.high - far_range.low;
+  uint32_t chosen_count;
   // Of several blocks: in which retrieved clusters end; from the place of a bin's first cluster among the
   // chosen to the block that has them.
   int last_bin = 0, owner_shift = 0;
@@ -535,21 +536,27 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     bits &= bits - 1;
     return own;
   };
+  // Leaves those that come no later than `last`.
+  const auto keep = [&](uint32_t& bits, uint64_t last) {
+#pragma unroll 1
+    for (uint32_t left = bits; left != 0;) {
+      const uint32_t lowest = left & (0 - left);
+      if (pair_at(take(left)) > last) bits ^= lowest;
+    }
+  };
   {
-    uint64_t limit = pair_of(~0u, near_range.high);
+    uint64_t near_last = kNone;  // of too many equal keys
     if (near_range.count > kCandidates) {
       const Narrowed narrowed = narrow<kKeys, kSeveral>(near_range, block, blocks);
       near_range = narrowed.range;
-      limit = narrowed.last;
+      near_last = narrowed.last;
     }
-    // Of too many equal keys those up to the limit; without retrieved clusters, whose rank is -1, none.
+    // Without retrieved clusters, whose rank is -1, none.
     chosen_count = static_cast<uint32_t>(retrieved);
     if (near_range.count <= kCandidates) chosen_count += near_range.count - near_range.rank - 1;
     if (far_range.count > kCandidates) {
       const Narrowed narrowed = narrow<kKeys, kSeveral>(far_range, block, blocks);
       far_range = narrowed.range;
-      far_low = far_range.low;
-      far_width = far_range.high - far_low;
       if (far_range.count > kCandidates && thread == 0) shared.thresholds[1] = narrowed.last;
     }
 #pragma unroll 1
@@ -558,15 +565,15 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
       own_keys(c, keys);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const uint32_t id = static_cast<uint32_t>(first_id + 4 * c + k);
-        if (pair_of(id, keys[k]) <= limit) near |= 1u << k;
-        if (keys[k] - far_low <= far_width) far |= 1u << k;
-        if (keys[k] < far_low) sure |= 1u << k;
+        if (keys[k] <= near_range.high) near |= 1u << k;
+        if (far_range.holds(keys[k])) far |= 1u << k;
+        if (keys[k] < far_range.low) sure |= 1u << k;
       }
       near_bits |= near << 4 * c;
       far_bits |= far << 4 * c;
       sure_bits |= sure << 4 * c;
     }
+    if (near_range.count > kCandidates) keep(near_bits, near_last);
     if (far_range.count == 0) far_bits = 0;
     // Of too many equal keys none is a candidate: the last is known.
     uint32_t near_left = near_bits, far_left = far_range.count > kCandidates ? 0 : far_bits;
@@ -574,7 +581,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
       auto& others = shared.others;
       const int most = static_cast<int>(max(chosen_count, 1u) - 1) / blocks;
       owner_shift = 32 - __clz(most);
-      last_bin = bin_of(limit);
+      last_bin = first_bin(near_range.high);
 #pragma unroll 1
       while (near_left != 0) {
         const uint64_t own = pair_at(take(near_left));
@@ -624,8 +631,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
       for (int k = 0; k < blocks; ++k) *cluster.in_block(shared.thresholds + n, k) = threshold;
     };
     if (block == last_block) {
-      find_candidate(
-          shared, far_low, far_width, far_range.rank, [&](uint64_t own) { tell(1, own); });
+      find_candidate(shared, far_range, [&](uint64_t own) { tell(1, own); });
     }
     // From the last warp on, which had the fewest candidates.
     const uint32_t first_place = static_cast<uint32_t>(block) << owner_shift;
@@ -664,13 +670,6 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   cluster.sync();
 
   // Of all that may be, those that come no later than the last retrieved, and than the last estimated.
-  const auto keep = [&](uint32_t& bits, uint64_t last) {
-#pragma unroll 1
-    for (uint32_t left = bits; left != 0;) {
-      const uint32_t lowest = left & (0 - left);
-      if (pair_at(take(left)) > last) bits ^= lowest;
-    }
-  };
   keep(near_bits, shared.thresholds[0]);
   keep(far_bits, shared.thresholds[1]);
   const int held = min(max(live - own_first, 0), kKeys);
