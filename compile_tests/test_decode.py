@@ -250,6 +250,33 @@ def test_growing_is_indexing_at_once(dtype: torch.dtype, estimator: str, prompt:
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
+def test_the_index_grows_behind_the_attention(offload: bool) -> None:
+    """The token that fills a segment attends to it as it is; the next one, to its clusters."""
+    config = RetroConfig(
+        local_tokens=16,
+        cluster_size=8,
+        segment_size=64,
+        update_segment=64,
+        retrieval_budget=0.0,
+        min_retrieved_clusters=1,
+        estimation_budget=0.0,
+    )
+    full = 4 + 16 + 64
+    keys, values = make_kv(2, 2, full + 1, 32)
+    layer = make_layer(config, keys, 4, full + 1, offload=offload)
+    for t in range(full + 1):
+        own = slice(t, t + 1)
+        seen = keys[:, :, : t + 1], values[:, :, : t + 1]
+        query = make_query(seen[0], 4, seed=t)
+        out = layer.decode(query, keys[:, :, own], values[:, :, own])
+        if t < full:
+            assert_dense(out, query, *seen)
+        assert layer.stats()["updates"] == (2 if t >= full - 1 else 0), t
+    dense = dense_attention(query.double(), *(each.double() for each in seen))
+    assert relative_error(out, dense) > 0.01
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
 def test_a_grown_index_is_as_good_as_one_of_a_prompt(offload: bool) -> None:
     """Topics come back after more tokens than a segment has: small segments tear them apart."""
     config = RetroConfig(

@@ -488,7 +488,10 @@ def test_estimates_any_index(
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(
     ("clusters", "budget"),
-    [(60, 0.2), (2000, 0.2), (3000, 0.2), (9000, 0.2), (40_000, 0.05), (80_000, 0.01)],
+    [
+        *[(60, 0.2), (2000, 0.2), (3000, 0.2), (9000, 0.1), (9000, 0.2), (20_000, 0.05)],
+        *[(40_000, 0.05), (50_000, 0.02), (80_000, 0.01)],
+    ],
 )
 def test_ties_go_to_the_lower_cluster(
     device: str, estimator: str, clusters: int, budget: float

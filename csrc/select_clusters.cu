@@ -90,7 +90,7 @@ __device__ __noinline__ void add_counts(int table) {
   constexpr int kMost = static_cast<int>(kMostBlocks);
   static_assert(kBins / 2 <= 4 * kThreads, "a thread adds up at most four bins");
   State& shared = state();
-  const Cluster cluster(shared.blocks);
+  const BlockCluster cluster(shared.blocks > 1);
   const unsigned blocks = static_cast<unsigned>(shared.blocks);
   const int part = kBins / shared.blocks / 4;  // groups of four bins
   const int at = static_cast<int>(cluster.rank()) * part + static_cast<int>(threadIdx.x);
@@ -152,7 +152,7 @@ __device__ __noinline__ void find_bins(int table, int first_range, int last_rang
 
 // Sorts all entries, by all blocks together; `order` has room up to a power of two.
 __device__ __noinline__ void sort_entries(
-    uint64_t* order, int count, int own_thread, int all_threads, const Cluster& cluster) {
+    uint64_t* order, int count, int own_thread, int all_threads, const BlockCluster& cluster) {
   int size = 1;
   while (size < count) size *= 2;
   for (int i = count + own_thread; i < size; i += all_threads) order[i] = ~0ull;
@@ -215,7 +215,7 @@ __device__ __forceinline__ void count_bits(int count) {
 template <bool kInShared>
 __device__ __noinline__ void find_equal(int n) {
   State& shared = state();
-  const Cluster cluster(shared.blocks);
+  const BlockCluster cluster(shared.blocks > 1);
   const int thread = static_cast<int>(threadIdx.x);
   const uint32_t equal = shared.ranges[n].low, rank = shared.ranges[n].rank;
   const int count = (shared.count + 31) / 32;
@@ -253,7 +253,7 @@ __device__ __noinline__ void find_equal(int n) {
 template <bool kInShared>
 __device__ __noinline__ void find_ranges() {
   State& shared = state();
-  const Cluster cluster(shared.blocks);
+  const BlockCluster cluster(shared.blocks > 1);
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
   while ((shared.open[0] && !shared.ranges[0].done()) ||
@@ -289,7 +289,7 @@ __device__ __noinline__ void find_ranges() {
 template <bool kInShared>
 __device__ __noinline__ void find_thresholds() {
   State& shared = state();
-  const Cluster cluster(shared.blocks);
+  const BlockCluster cluster(shared.blocks > 1);
   const int thread = static_cast<int>(threadIdx.x);
   {
     const int count = shared.count, first = shared.first;
@@ -352,7 +352,7 @@ __device__ __noinline__ void part_clusters(
     uint32_t* tail,
     uint64_t* order) {
   State& shared = state();
-  const Cluster cluster(shared.blocks);
+  const BlockCluster cluster(shared.blocks > 1);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int count = shared.count, first = shared.first, retrieved = shared.retrieved;
   const uint32_t* own_keys = keys<kInShared>();
@@ -443,7 +443,7 @@ __device__ __noinline__ void part_clusters(
 // all tokens.
 __device__ __noinline__ int32_t rank_chosen(int32_t* ids, int32_t* before, int32_t* shift) {
   State& shared = state();
-  const Cluster cluster(shared.blocks);
+  const BlockCluster cluster(shared.blocks > 1);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int retrieved = shared.retrieved, all_threads = shared.blocks * kThreads;
   const int part = thread % kLanesPerRank;
@@ -499,7 +499,7 @@ __device__ __noinline__ int32_t rank_order(
     int32_t* before,
     int32_t* shift) {
   State& shared = state();
-  const Cluster cluster(shared.blocks);
+  const BlockCluster cluster(shared.blocks > 1);
   const int thread = static_cast<int>(threadIdx.x), retrieved = shared.retrieved;
   const int own_thread = static_cast<int>(cluster.rank()) * kThreads + thread;
   const int all_threads = shared.blocks * kThreads;
@@ -636,7 +636,7 @@ __global__ void __launch_bounds__(kThreads)
     find_ranges<kInShared>();
     find_thresholds<kInShared>();
   } else {
-    Cluster(blocks).sync();
+    BlockCluster(blocks > 1).sync();
   }
   uint64_t* order = params.order + task * params.order_capacity;
   part_clusters<kInShared>(
@@ -677,7 +677,7 @@ struct FewPlan {
   int64_t blocks;
 };
 
-// Of what a processor of an H100 has.
+// Two blocks with 16 keys to a thread, or one with 32, fit into the shared memory of an H100's processor.
 static_assert(2 * sizeof(Few<16, true>) <= 222 * 1024 && sizeof(Few<32, true>) <= 222 * 1024);
 
 FewPlan plan_few(const Launcher& launch, const SelectParams& params) {
@@ -694,7 +694,9 @@ FewPlan plan_few(const Launcher& launch, const SelectParams& params) {
   for (int64_t blocks = 2; blocks <= kMostBlocks; blocks *= 2) {
     if (fits(16, true, blocks, sizeof(Few<16, true>))) return {16, blocks};
   }
-  if (fits(32, true, kMostBlocks, sizeof(Few<32, true>))) return {32, kMostBlocks};
+  for (int64_t blocks = 2; blocks <= kMostBlocks; blocks *= 2) {
+    if (fits(32, true, blocks, sizeof(Few<32, true>))) return {32, blocks};
+  }
   return {0, 0};
 }
 

@@ -2,8 +2,8 @@
 // shared memory: the same choice as select_kernel's, in a third of its instructions. Its code runs straight
 // through, once, so short code counts for as much as few instructions.
 //
-// Several blocks share out the clusters. They wait for each other four times, and where too many clusters are
-// candidates once more for each time that these are halved: when each knows the counts of all; when each has
+// Several blocks share out the clusters. Once all have begun they wait for each other four times, and where too
+// many clusters are candidates once more, and for each time that these are halved: when each knows the counts of all; when each has
 // its part, in order of their bins, of the clusters of all that may be retrieved, and the last block those that
 // may be the last estimated; when the thresholds are found; when each knows how many estimated clusters lie
 // before its own.
@@ -26,10 +26,9 @@ RETRO_HOST_DEVICE constexpr int few_blocks(int keys, bool several) {
 RETRO_HOST_DEVICE constexpr int few_retrieved(int keys, bool several) {
   return (!several ? 1 : keys > 16 ? 5 : 3) * kFewThreads;
 }
-constexpr int kSpanBins = kBins / 32;  // a span of bins for each lane
-constexpr int kWarpSpans = 32 / kFewWarps;
+constexpr int kWarpSpans = 32 / kFewWarps;         // of bins: a span for each lane
 constexpr int kStretchBins = kBins / kFewThreads;  // a stretch of bins for each thread
-constexpr int kPartBits = 7;  // candidates fall into so many parts: 4 to a lane
+constexpr int kPartBits = 7;                       // candidates fall into 2^7 parts, 4 to a lane
 constexpr uint64_t kNone = ~0ull;
 static_assert(kCandidates == kFewThreads);
 
@@ -37,16 +36,20 @@ static_assert(kCandidates == kFewThreads);
 struct FewOfSeveral {
   uint16_t counts[kMostBlocks][kFewThreads];  // of each block's keys, by stretch
   uint32_t stretch_starts[kFewThreads];       // how many keys of all blocks lie before a stretch
-  // The same by bins, up to those that may be retrieved, and where the next of this block's clusters goes
-  // among the chosen: two to a word, that one may count in it.
+  // By bin, up to that in which retrieved clusters end: how many keys of all blocks lie before it, and the
+  // place among the chosen of this block's next cluster. Two places to a word, which is counted in.
   uint16_t starts[kBins];
   uint32_t places[kBins / 2];
   int first_stretch;  // with keys
   uint32_t
-      last_taken;  // places of the last bin, where not all are chosen: in the block that has it
+      last_taken;  // of the last bin, whose clusters may not all be chosen: in the block that has it
   uint32_t far_parts[kMostBlocks], half_parts[2][kMostBlocks];  // far_totals, half_totals of each
 };
-struct FewOfOne {};
+// What one block has, which knows early where the tokens of its clusters lie.
+template <int kKeys>
+struct FewOfOne {
+  int32_t offsets[kFewThreads * kKeys + 4];
+};
 
 // Threads of a block share this; norms, [G], lie behind it.
 template <int kKeys, bool kSeveral>
@@ -58,8 +61,6 @@ struct alignas(16) Few {
   uint32_t bins[kBins];
   // See exchanged(); at the end the ids of the estimated clusters.
   uint32_t keys[kFewThreads * kKeys];
-  int32_t offsets
-      [kSeveral ? 4 : kFewThreads * kKeys + 4];  // of one block, which knows early what it needs
   // pair_of(id, key) of all that may be retrieved, in order of their bins; of several blocks each has all of
   // some bins, and kNone elsewhere.
   alignas(16) uint64_t chosen[kChosen];
@@ -73,7 +74,7 @@ struct alignas(16) Few {
   uint64_t thresholds[2];  // pair_of(id, key) of the last retrieved, and of the last estimated
   uint32_t candidate_count, part_count;
   Budget budget;
-  std::conditional_t<kSeveral, FewOfSeveral, FewOfOne> others;
+  std::conditional_t<kSeveral, FewOfSeveral, FewOfOne<kKeys>> extra;
 };
 
 // Where a warp keeps the key that one of its lanes reads in one of its rows of 32. Keys are written by
@@ -123,7 +124,7 @@ template <int kKeys, bool kSeveral>
 __device__ __noinline__ Narrowed narrow(Range range, int block, int blocks) {
   using Shared = Few<kKeys, kSeveral>;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
-  const Cluster cluster(kSeveral ? 2 : 1);
+  const BlockCluster cluster(kSeveral);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const uint32_t first_id = static_cast<uint32_t>((block * kFewThreads + thread) * kKeys);
@@ -137,14 +138,14 @@ __device__ __noinline__ Narrowed narrow(Range range, int block, int blocks) {
       own += holds(key, first_id + static_cast<uint32_t>(k));
     }
     own = __reduce_add_sync(kAllLanes, own);
-    uint32_t* totals = shared.half_totals[parity];
-    [[maybe_unused]] const int own_parity = parity;
+    const int own_parity = parity;
     parity ^= 1;
+    uint32_t* totals = shared.half_totals[own_parity];
     if (lane == 0) totals[warp] = own;
     __syncthreads();
     const uint32_t total = sum_of_first(totals, kFewWarps);
     if constexpr (kSeveral) {
-      uint32_t* parts = shared.others.half_parts[own_parity];
+      uint32_t* parts = shared.extra.half_parts[own_parity];
       if (thread < blocks) *cluster.in_block(parts + block, thread) = total;
       cluster.sync();
       return sum_of_first(parts, blocks);
@@ -216,7 +217,11 @@ __device__ __forceinline__ void find_candidate(
 
 // Adds up what all blocks count in a bin; `before_block` gets what those before this one do.
 __device__ __forceinline__ uint32_t count_of_all(
-    const uint32_t* bin, const Cluster& cluster, int block, int blocks, uint32_t& before_block) {
+    const uint32_t* bin,
+    const BlockCluster& cluster,
+    int block,
+    int blocks,
+    uint32_t& before_block) {
   uint32_t counts[kMostBlocks], total = 0;
 #pragma unroll
   for (int k = 0; k < static_cast<int>(kMostBlocks); ++k) {
@@ -233,7 +238,7 @@ __device__ __forceinline__ uint32_t count_of_all(
 
 // Sum over the threads of a block before this one.
 template <typename Shared>
-__device__ __forceinline__ uint32_t sum_before(Shared& shared, uint32_t own) {
+__device__ __forceinline__ uint32_t sum_of_threads_before(Shared& shared, uint32_t own) {
   const uint32_t through = scan_warp(own);
   const int warp = static_cast<int>(threadIdx.x / 32);
   if (threadIdx.x % 32 == 31) shared.span_totals[warp] = through;
@@ -246,8 +251,8 @@ __device__ __forceinline__ uint32_t sum_before(Shared& shared, uint32_t own) {
 // clusters that may be retrieved.
 template <typename Shared>
 __device__ __forceinline__ void find_bins_together(
-    Shared& shared, const Cluster& cluster, int block, int blocks) {
-  auto& others = shared.others;
+    Shared& shared, const BlockCluster& cluster, int block, int blocks) {
+  auto& extra = shared.extra;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const uint32_t ranks[2] = {shared.ranges[0].rank, shared.ranges[1].rank};
   uint32_t own = 0;
@@ -259,17 +264,17 @@ __device__ __forceinline__ void find_bins_together(
   cluster.wait();  // all have begun
 #pragma unroll 1
   for (int k = 0; k < blocks; ++k) {
-    *cluster.in_block(&others.counts[block][thread], k) = static_cast<uint16_t>(own);
+    *cluster.in_block(&extra.counts[block][thread], k) = static_cast<uint16_t>(own);
   }
   cluster.sync();
   uint32_t total = 0;
 #pragma unroll
   for (int k = 0; k < static_cast<int>(kMostBlocks); ++k) {
-    total += k < blocks ? others.counts[k][thread] : 0;
+    total += k < blocks ? extra.counts[k][thread] : 0;
   }
-  const uint32_t less = sum_before(shared, total);
-  others.stretch_starts[thread] = less;
-  if (less == 0 && total > 0) others.first_stretch = thread;
+  const uint32_t less = sum_of_threads_before(shared, total);
+  extra.stretch_starts[thread] = less;
+  if (less == 0 && total > 0) extra.first_stretch = thread;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     if (ranks[n] - less < total) {
@@ -296,17 +301,17 @@ __device__ __forceinline__ void find_bins_together(
   if (near.count > 0) {
     const int end = (static_cast<int>(near.low) + 1) * kStretchBins;
 #pragma unroll 1
-    for (int start = others.first_stretch * kStretchBins; start < end; start += kFewThreads) {
+    for (int start = extra.first_stretch * kStretchBins; start < end; start += kFewThreads) {
       const int bin = start + thread;
       uint32_t count = 0;
       before_block = 0;
       if (bin < end) count = count_of_all(shared.bins + bin, cluster, block, blocks, before_block);
       const uint32_t before =
-          others.stretch_starts[start / kStretchBins] + sum_before(shared, count);
+          extra.stretch_starts[start / kStretchBins] + sum_of_threads_before(shared, count);
       if (bin < end) {
         // Behind the last that may be retrieved these may be too large, and are not used.
-        others.starts[bin] = static_cast<uint16_t>(before);
-        reinterpret_cast<uint16_t*>(others.places)[bin] =
+        extra.starts[bin] = static_cast<uint16_t>(before);
+        reinterpret_cast<uint16_t*>(extra.places)[bin] =
             static_cast<uint16_t>(before + before_block);
       }
       if (ranks[0] - before < count) found(0, bin, ranks[0] - before, count);
@@ -328,7 +333,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   constexpr int kChunks = kKeys / 4;
   using Shared = Few<kKeys, kSeveral>;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
-  const Cluster cluster(kSeveral ? 2 : 1);
+  const BlockCluster cluster(kSeveral);
   if constexpr (kSeveral) cluster.arrive();
   float* norms = reinterpret_cast<float*>(&shared + 1);
   const int thread = static_cast<int>(threadIdx.x);
@@ -397,12 +402,14 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
 #pragma unroll
   for (int buffer = 0; buffer < kBuffers; ++buffer) fetch(buffer);
   const int32_t* all_offsets = params.offsets + int64_t{task} * (all_clusters + 1);
-  if (!kSeveral && choice.before != nullptr) {
+  if constexpr (!kSeveral) {
+    if (choice.before != nullptr) {
 #pragma unroll 4
-    for (int i = thread; i <= clusters; i += kFewThreads) {
-      copy_async_word(shared.offsets + i, all_offsets + i, true);
+      for (int i = thread; i <= clusters; i += kFewThreads) {
+        copy_async_word(shared.extra.offsets + i, all_offsets + i, true);
+      }
+      commit_copies();
     }
-    commit_copies();
   }
 #pragma unroll 1
   for (int g = warp; g < groups; g += kFewWarps) {
@@ -421,7 +428,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     shared.ranges[1] = Range{0, 0, searched ? static_cast<uint32_t>(wanted) - 1 : ~0u, 0};
     if (budget.estimated > 0) shared.ranges[1].low = shared.ranges[1].high = ~0u;
     shared.candidate_count = shared.part_count = 0;
-    if constexpr (kSeveral) shared.others.last_taken = 0;
+    if constexpr (kSeveral) shared.extra.last_taken = 0;
     if (block == 0) choice.estimated_counts[task] = budget.estimated;
   }
   __syncthreads();
@@ -522,6 +529,10 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     const uint32_t key = shared.keys[own / (32 * kKeys) * (32 * kKeys) + at];
     return pair_of(static_cast<uint32_t>(first + own), key);
   };
+  // Behind the last cluster keys go on to the end of a row of 32, and come behind all extra.
+  const auto is_cluster = [&](uint64_t pair) {
+    return static_cast<uint32_t>(pair) < static_cast<uint32_t>(all_clusters);
+  };
   const auto bin_of = [](uint64_t pair) { return first_bin(static_cast<uint32_t>(pair >> 32)); };
   Range near_range = shared.ranges[0], far_range = shared.ranges[1];
   uint32_t chosen_count;
@@ -578,7 +589,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     // Of too many equal keys none is a candidate: the last is known.
     uint32_t near_left = near_bits, far_left = far_range.count > kCandidates ? 0 : far_bits;
     if constexpr (kSeveral) {
-      auto& others = shared.others;
+      auto& extra = shared.extra;
       const int most = static_cast<int>(max(chosen_count, 1u) - 1) / blocks;
       owner_shift = 32 - __clz(most);
       last_bin = first_bin(near_range.high);
@@ -586,15 +597,17 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
       while (near_left != 0) {
         const uint64_t own = pair_at(take(near_left));
         const int bin = bin_of(own), half = bin % 2 * 16;
-        uint32_t at = others.starts[bin];
+        uint32_t at = extra.starts[bin];
         const uint32_t owner = at >> owner_shift;
         if (bin == last_bin) {
-          at += atomicAdd(cluster.in_block(&others.last_taken, owner), 1u);
+          at += atomicAdd(cluster.in_block(&extra.last_taken, owner), 1u);
         } else {
-          at = atomicAdd(&others.places[bin / 2], 1u << half) >> half & 0xffff;
+          at = atomicAdd(&extra.places[bin / 2], 1u << half) >> half & 0xffff;
         }
         *cluster.in_block(shared.chosen + at, owner) = own;
-        if (choice.before != nullptr) prefetch_line(all_offsets + static_cast<uint32_t>(own));
+        if (choice.before != nullptr && is_cluster(own)) {
+          prefetch_line(all_offsets + static_cast<uint32_t>(own));
+        }
       }
       const uint32_t far_count = static_cast<uint32_t>(__popc(far_left));
       const uint32_t far_through = scan_warp(far_count);
@@ -633,6 +646,8 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     if (block == last_block) {
       find_candidate(shared, far_range, [&](uint64_t own) { tell(1, own); });
     }
+    int32_t* all_slots = cluster.in_block(shared.slots, 0);
+    int32_t* all_tokens = cluster.in_block(shared.tokens, 0);
     // From the last warp on, which had the fewest candidates.
     const uint32_t first_place = static_cast<uint32_t>(block) << owner_shift;
 #pragma unroll 1
@@ -641,17 +656,15 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
       const uint64_t own = shared.chosen[i];
       const uint32_t id = static_cast<uint32_t>(own);
       const int bin = bin_of(own);
-      int32_t* slots = cluster.in_block(shared.slots, 0);
-      int32_t* all_tokens = cluster.in_block(shared.tokens, 0);
       uint32_t begin, end;
       int32_t slot = 0, tokens = 0;
       if constexpr (kSeveral) {
         if (own == kNone) continue;
-        if (choice.before != nullptr) {
+        if (choice.before != nullptr && is_cluster(own)) {
           slot = slot_of(all_offsets + id, choice.store_capacity, tokens);
         }
-        begin = shared.others.starts[bin];
-        end = bin == last_bin ? chosen_count : shared.others.starts[bin + 1];
+        begin = shared.extra.starts[bin];
+        end = bin == last_bin ? chosen_count : shared.extra.starts[bin + 1];
       } else {
         begin = bin > 0 ? shared.bins[bin - 1] : 0, end = shared.bins[bin];
       }
@@ -661,9 +674,9 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
       if (ids != nullptr) ids[rank] = static_cast<int32_t>(id);
       if (choice.before == nullptr) continue;
       if constexpr (!kSeveral) {
-        slot = slot_of(shared.offsets + id, choice.store_capacity, tokens);
+        slot = slot_of(shared.extra.offsets + id, choice.store_capacity, tokens);
       }
-      slots[rank] = slot;
+      all_slots[rank] = slot;
       all_tokens[rank] = tokens;
     }
   }
@@ -711,7 +724,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
   int32_t* estimated_ids = choice.estimated + int64_t{task} * all_clusters;
   if constexpr (kSeveral) {
     const uint32_t all_own = sum_of_first(shared.far_totals, kFewWarps);
-    uint32_t* parts = shared.others.far_parts;
+    uint32_t* parts = shared.extra.far_parts;
     if (thread < blocks) *cluster.in_block(parts + block, thread) = all_own;
     cluster.sync();
     estimated = static_cast<int>(all_own);  // of this block

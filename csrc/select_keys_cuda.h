@@ -68,12 +68,14 @@ __device__ __forceinline__ void cut(int bin, Range& range) {
 
 extern __shared__ __align__(kSharedLine) uint4 shared_memory[];
 
-// The blocks that choose together for one (row, head).
-struct Cluster {
+// The blocks that choose together for one (row, head), in a thread block cluster if they are several.
+struct BlockCluster {
   bool several;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   groups_of_threads::cluster_group group = groups_of_threads::this_cluster();
+#endif
 
-  __device__ __forceinline__ explicit Cluster(int blocks) : several(blocks > 1) {
+  __device__ __forceinline__ explicit BlockCluster(bool are_several) : several(are_several) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     if (several) __trap();  // code for older GPUs on a newer one: blocks would not find each other
 #endif
@@ -88,7 +90,7 @@ struct Cluster {
 #endif
     __syncthreads();
   }
-  // sync() in two: all wait until all have arrived.
+  // sync() in two, of several blocks: all wait until all have arrived.
   __device__ __forceinline__ void arrive() const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     group.barrier_arrive();
