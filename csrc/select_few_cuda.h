@@ -41,8 +41,8 @@ struct FewOfSeveral {
   uint16_t starts[kBins];
   uint32_t places[kBins / 2];
   int first_stretch;  // with keys
-  uint32_t
-      last_taken;  // of the last bin, whose clusters may not all be chosen: in the block that has it
+  // Places that are taken of the last bin, whose clusters may not all be chosen: in the block that has it.
+  uint32_t last_taken;
   uint32_t far_parts[kMostBlocks], half_parts[2][kMostBlocks];  // far_totals, half_totals of each
 };
 // What one block has, which knows early where the tokens of its clusters lie.
@@ -529,7 +529,7 @@ __global__ void __launch_bounds__(kFewThreads, few_blocks(kKeys, kSeveral))
     const uint32_t key = shared.keys[own / (32 * kKeys) * (32 * kKeys) + at];
     return pair_of(static_cast<uint32_t>(first + own), key);
   };
-  // Behind the last cluster keys go on to the end of a row of 32, and come behind all extra.
+  // Behind the last cluster keys go on to the end of a row of 32, and come behind all others.
   const auto is_cluster = [&](uint64_t pair) {
     return static_cast<uint32_t>(pair) < static_cast<uint32_t>(all_clusters);
   };
