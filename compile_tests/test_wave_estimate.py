@@ -507,9 +507,10 @@ def test_ties_go_to_the_lower_cluster(
         strength=0.5,
     )
     arguments["centroids"][:] = arguments["centroids"][:, :, :, :1].clone()
-    # Small whole numbers: their sums are exact in any order, and tell neighbours apart.
+    # Small whole numbers, the mean value too: sums are exact in any order, and tell neighbours apart.
     arguments["centroids"][1, 0, 0] = (torch.arange(float(clusters)) % 50)[:, None]
-    arguments["totals"][1, 0, 0] = 7 * arguments["centroids"][1, 0, 0].sum(dim=0)
+    arguments["counters"][:, Counter.INDEXED_TOKENS] = 1 << 17
+    arguments["totals"][1, 0, 0] = 11 << 17
     arguments["variances"][:] = 0.5
     arguments["offsets"][:] = torch.arange(clusters + 1) * 7
     given = on_device(arguments, device)
