@@ -16,7 +16,6 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-import pdoc
 import pytest
 from torch import Tensor
 
@@ -225,6 +224,8 @@ def test_finds_what_is_not_said() -> None:
 
 def test_pages_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the modules that `make docs` names, with all that is public, without a warning."""
+    import pdoc  # as a rule not beside the GPU tests, which are collected with this file
+
     monkeypatch.chdir(tmp_path)  # the checkout has a folder `retro_ops` too
     names = module_names()
     pdoc.render.configure(docformat="google")

@@ -507,7 +507,7 @@ def test_ties_go_to_the_lower_cluster(
         strength=0.5,
     )
     arguments["centroids"][:] = arguments["centroids"][:, :, :, :1].clone()
-    # Small whole numbers, the mean value too: sums are exact in any order, and tell neighbours apart.
+    # Small whole numbers, their mean too: sums are exact in any order, and tell neighbours apart.
     arguments["centroids"][1, 0, 0] = (torch.arange(float(clusters)) % 50)[:, None]
     arguments["counters"][:, Counter.INDEXED_TOKENS] = 1 << 17
     arguments["totals"][1, 0, 0] = 11 << 17

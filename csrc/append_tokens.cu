@@ -9,6 +9,21 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
+// These ask where they stand, whatever decides later whether the answer is used.
+__device__ __forceinline__ int64_t load_here(const int64_t* from) {
+  int64_t loaded;
+  asm volatile("ld.volatile.global.s64 %0, [%1];" : "=l"(loaded) : "l"(from));
+  return loaded;
+}
+
+__device__ __forceinline__ uint4 load_here(const uint4* from) {
+  uint4 loaded;
+  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(loaded.x), "=r"(loaded.y), "=r"(loaded.z), "=r"(loaded.w)
+               : "l"(from));
+  return loaded;
+}
+
 // One block appends the tokens of a row: the counter that says where is read and changed by it alone.
 // Each thread scans a stretch of the mask, and all of them copy.
 __global__ void __launch_bounds__(kThreads) append_tokens_kernel(
@@ -20,10 +35,15 @@ __global__ void __launch_bounds__(kThreads) append_tokens_kernel(
   wait_for_predecessor();
 
   int64_t* counters = params.counters + b * kCounters;
-  const int64_t steady = counters[kSteadyTokens], indexed = counters[kIndexedTokens];
+  const int64_t steady = load_here(counters + kSteadyTokens);
+  const int64_t indexed = load_here(counters + kIndexedTokens);
   const bool* mask = params.mask == nullptr ? nullptr : params.mask + b * params.tokens;
   int32_t* chosen = chosen_tokens == nullptr ? nullptr : chosen_tokens + b * params.steady_capacity;
-  int64_t count = params.tokens;
+  int64_t count = params.tokens, copied = count;
+  const auto fits = [&](int64_t in_steady, int64_t in_index) {
+    return in_steady >= 0 && in_steady + count <= params.steady_capacity &&
+        in_steady + in_index + count <= params.max_length;
+  };
   if (mask != nullptr) {
     const int64_t per_thread = ceil_div(params.tokens, kThreads);
     const int64_t first = thread * per_thread;
@@ -51,6 +71,8 @@ __global__ void __launch_bounds__(kThreads) append_tokens_kernel(
         ++place;
       }
     }
+    // Without room not all tokens have been chosen.
+    if (!fits(steady, indexed)) copied = 0;
   }
   __syncthreads();
   const int64_t chunks = params.row_bytes / 16;
@@ -60,21 +82,22 @@ __global__ void __launch_bounds__(kThreads) append_tokens_kernel(
                (b * rows.stride_b + h * rows.stride_h + t * rows.stride_t) * params.element_bytes) +
         chunk;
   };
-  const bool fits = steady >= 0 && steady + count <= params.steady_capacity &&
-      steady + indexed + count <= params.max_length;
-  for (int64_t i = thread; i < count * params.heads * chunks; i += kThreads) {
+  for (int64_t i = thread; i < copied * params.heads * chunks; i += kThreads) {
     const int64_t chunk = i % chunks, t = i / chunks % count, h = i / chunks / count;
-    if (mask != nullptr && !fits) break;  // not all tokens have been chosen
     const int64_t from = mask == nullptr ? t : chosen[t];
-    // Asked for before it is known whether there is room: with one token there is one round.
-    const uint4 key = *chunk_of(params.keys, h, from, chunk);
-    const uint4 value = *chunk_of(params.values, h, from, chunk);
-    if (!fits) break;
-    *chunk_of(params.steady_keys, h, steady + t, chunk) = key;
-    *chunk_of(params.steady_values, h, steady + t, chunk) = value;
+    // With one token there is one round trip to memory: what says whether there is room, asked for once more so
+    // that nothing waits for it before, comes with the token itself.
+    const uint4 key = load_here(chunk_of(params.keys, h, from, chunk));
+    const uint4 value = load_here(chunk_of(params.values, h, from, chunk));
+    const int64_t before = load_here(counters + kSteadyTokens);
+    if (!fits(before, load_here(counters + kIndexedTokens))) break;
+    *chunk_of(params.steady_keys, h, before + t, chunk) = key;
+    *chunk_of(params.steady_values, h, before + t, chunk) = value;
   }
   __syncthreads();
-  if (thread == 0) counters[fits ? kSteadyTokens : kDroppedTokens] += count;
+  if (thread != 0) return;
+  if (fits(steady, indexed)) counters[kSteadyTokens] = steady + count;
+  else counters[kDroppedTokens] += count;
 }
 
 void append_tokens(

@@ -2,11 +2,11 @@
 // shared memory: the same choice as select_kernel's, in a third of its instructions. Its code runs straight
 // through, once, so short code counts for as much as few instructions.
 //
-// Several blocks share out the clusters. Once all have begun they wait for each other four times, and where too
-// many clusters are candidates once more, and for each time that these are halved: when each knows the counts of all; when each has
-// its part, in order of their bins, of the clusters of all that may be retrieved, and the last block those that
-// may be the last estimated; when the thresholds are found; when each knows how many estimated clusters lie
-// before its own.
+// Several blocks share out the clusters. Once all have begun they wait for each other four times: when each
+// knows the counts of all; when each has its part, in order of their bins, of the clusters of all that may be
+// retrieved, and the last block those that may be the last estimated; when the thresholds are found; when
+// each knows how many estimated clusters lie before its own. Where too many clusters are candidates they wait
+// once more, and for each time that these are halved.
 #pragma once
 
 #include <type_traits>
