@@ -71,8 +71,7 @@ __global__ void __launch_bounds__(kThreads) append_tokens_kernel(
         ++place;
       }
     }
-    // Without room not all tokens have been chosen.
-    if (!fits(steady, indexed)) copied = 0;
+    copied = fits(steady, indexed) ? count : 0;  // without room not all tokens have been chosen
   }
   __syncthreads();
   const int64_t chunks = params.row_bytes / 16;
@@ -85,8 +84,8 @@ __global__ void __launch_bounds__(kThreads) append_tokens_kernel(
   for (int64_t i = thread; i < copied * params.heads * chunks; i += kThreads) {
     const int64_t chunk = i % chunks, t = i / chunks % count, h = i / chunks / count;
     const int64_t from = mask == nullptr ? t : chosen[t];
-    // With one token there is one round trip to memory: what says whether there is room, asked for once more so
-    // that nothing waits for it before, comes with the token itself.
+    // With one token there is one round trip to memory: what says whether there is room comes with the
+    // token, asked for once more so that nothing waits for it before.
     const uint4 key = load_here(chunk_of(params.keys, h, from, chunk));
     const uint4 value = load_here(chunk_of(params.values, h, from, chunk));
     const int64_t before = load_here(counters + kSteadyTokens);
