@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from retro_ops.models.support import head_dim_of
 COLUMNS = (
     *("shape", "dtype", "context", "batch", "attention", "ms", "ms_20", "ms_80"),
     *("tokens_per_s", "ratio", "gemm_percent", "attention_percent", "other_percent"),
-    *("compile_s", "kernels", "note"),
+    *("idle_percent", "compile_s", "largest", "note"),
 )
 """What a table shows of a row; the machine is in its title."""
 
@@ -186,9 +187,9 @@ def fill_retro(
 
 
 def _shares(step: Callable[[], None], timing: Timing) -> dict[str, Any]:
-    """Per cent of a step's time on the GPU, by kind of kernel, and of the kernels that take most.
+    """Per cent of a step's time, by kind of kernel, and of the kernels that take most.
 
-    Kernels that overlap count in full: the sum may exceed 100.
+    What is left, `idle_percent`, are gaps between kernels and the host's part.
     """
     from torch.profiler import DeviceType, ProfilerActivity, profile
 
@@ -197,23 +198,41 @@ def _shares(step: Callable[[], None], timing: Timing) -> dict[str, Any]:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    kernels: dict[str, float] = {}
-    for event in profiled.events():
+    kernels = own_times(
+        (_short(event.name), event.time_range.start, event.time_range.end)
+        for event in profiled.events()
         # Ranges that compiled code names span kernels, which would count twice.
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            name = _short(event.name)
-            kernels[name] = kernels.get(name, 0.0) + event.time_range.elapsed_us() / steps
-    spent = {"gemm": 0.0, "attention": 0.0, "other": 0.0}
-    for name, us in kernels.items():
-        spent[_kind(name)] += us
-    percent = {name: 100 * us / timing.median_us for name, us in kernels.items()}
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    )
+    percent = {name: 100 * us / steps / timing.median_us for name, us in kernels.items()}
+    kinds = {"gemm": 0.0, "attention": 0.0, "other": 0.0}
+    for name, share in percent.items():
+        kinds[_kind(name)] += share
     most = sorted(percent, key=lambda name: -percent[name])[:NAMED_KERNELS]
     return {
-        **{f"{kind}_percent": 100 * us / timing.median_us for kind, us in spent.items()},
-        "kernels": ", ".join(
-            f"{name} {100 * kernels[name] / timing.median_us:.1f}" for name in most
-        ),
+        **{f"{kind}_percent": share for kind, share in kinds.items()},
+        "idle_percent": 100 - sum(kinds.values()),
+        "largest": ", ".join(f"{name} {percent[name]:.1f}" for name in most),
     }
+
+
+def own_times(spans: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+    """How long each kernel ran, without what it waited for kernels that began before it.
+
+    A kernel of a step may start while its predecessor runs; what both take counts for the first.
+
+    Args:
+        spans: name, begin and end of each run, in any order and unit.
+
+    Returns:
+        By name, the sum over its runs; all together no more than the time in which any ran.
+    """
+    times: dict[str, float] = {}
+    covered = -math.inf
+    for name, begin, end in sorted(spans, key=lambda span: span[1:]):
+        times[name] = times.get(name, 0.0) + max(end - max(begin, covered), 0.0)
+        covered = max(covered, end)
+    return times
 
 
 def _kind(kernel: str) -> str:

@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 
 from retro_ops import RetroConfig, RetroLayer, cli_bench
 from retro_ops.benchmarks import machine, throughput
+from retro_ops.benchmarks.model import own_times
 from retro_ops.benchmarks.prefill import make_model
 from retro_ops.benchmarks.timing import Timing, time_in_turn
 from retro_ops.cli import main
@@ -109,6 +110,39 @@ def test_bench_model(tmp_path: Path) -> None:
     for row in (dense, retro):
         assert row["tokens_per_s"] == pytest.approx(1e3 / row["ms"])
         assert row["ratio"] == pytest.approx(dense["ms"] / row["ms"])
+
+
+@pytest.mark.gpu
+def test_bench_model_on_a_gpu(tmp_path: Path) -> None:
+    """Shares of a step: by kind, together with what is idle all of it, and of single kernels."""
+    file = tmp_path / "rows.json"
+    small = ["--device", "cuda", "--rounds", "5", "--dtype", "bfloat16", "--shape", "tiny"]
+    assert main(["bench", "model", "--context", "8192", *small, "--json", str(file)]) == 0
+    dense, retro = json.loads(file.read_text())
+    for row in (dense, retro):
+        kinds = [row[f"{kind}_percent"] for kind in ("gemm", "attention", "other")]
+        assert min(kinds) >= 0
+        assert row["attention_percent"] > 0
+        assert sum(kinds) + row["idle_percent"] == pytest.approx(100)
+        assert row["kernels"] == "cuda"
+    assert "retro::attend_kernel" in retro["largest"]
+    assert "retro" not in dense["largest"]
+
+
+def test_overlapping_kernels_count_once() -> None:
+    spans = [("b", 2.0, 6.0), ("a", 0.0, 4.0), ("c", 3.0, 5.0), ("a", 8.0, 9.0), ("b", 8.5, 9.5)]
+    assert own_times(spans) == {"a": 5.0, "b": 2.5, "c": 0.0}
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30), st.integers(0, 9))))
+def test_shares_are_those_of_the_time_in_which_any_kernel_ran(
+    spans: list[tuple[str, int, int]],
+) -> None:
+    times = own_times((name, float(begin), float(begin + length)) for name, begin, length in spans)
+    ran = {t for _, begin, length in spans for t in range(begin, begin + length)}
+    assert sum(times.values()) == len(ran)
+    for name, time in times.items():
+        assert 0 <= time <= sum(length for own, _, length in spans if own == name)
 
 
 def test_bench_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
