@@ -277,6 +277,35 @@ def test_the_index_grows_behind_the_attention(offload: bool) -> None:
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
+def test_an_interrupted_step_leaves_room_for_the_next(
+    offload: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever it is, also that whose token fills a segment: the token stays."""
+    config = RetroConfig(local_tokens=16, cluster_size=8, segment_size=64, update_segment=64)
+    full = 4 + 16 + 64
+    keys, values = make_kv(2, 2, 2 * full, 32)
+    layer = make_layer(config, keys, 4, 2 * full, offload=offload)
+    expected = make_layer(config, keys, 4, 2 * full, offload=offload)
+
+    def interrupted(*_: object) -> Tensor:
+        raise KeyboardInterrupt
+
+    for t in range(2 * full):
+        query = make_query(keys[:, :, : t + 1], 4, seed=t)
+        step = query, keys[:, :, t : t + 1], values[:, :, t : t + 1]
+        out = expected.decode(*step)
+        if t < full + 2:
+            with monkeypatch.context() as patch:
+                patch.setattr("retro_ops.decode._attend", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    layer.decode(*step)
+        else:
+            assert_same(layer.decode(*step), out, f"token {t}")
+        assert layer.stats()["updates"] == expected.stats()["updates"], t
+    assert expected.stats()["updates"] == 4
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
 def test_a_grown_index_is_as_good_as_one_of_a_prompt(offload: bool) -> None:
     """Topics come back after more tokens than a segment has: small segments tear them apart."""
     config = RetroConfig(

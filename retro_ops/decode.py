@@ -35,7 +35,8 @@ def decode_step(
 
     The index grows last: the token that fills a segment still attends to it as it is, and on a GPU
     the scores of clusters, whose first copies overlap with `append_tokens`, do not wait for
-    `grow_index`, which as a rule finds nothing to do.
+    `grow_index`, which as a rule finds nothing to do. It does so too where attention fails or is
+    interrupted, or the next step would find no room for its token.
 
     Args:
         layer: the state; changed in place.
@@ -47,10 +48,11 @@ def decode_step(
     Returns:
         `[B, Hq, D]` in query's dtype.
     """
-    append_tokens(keys, values, None, layer.steady, layer.counters, layer.max_length)
-    out = _attend(layer, query, scale, sinks)
-    wave_index.grow(layer)
-    return out
+    try:
+        append_tokens(keys, values, None, layer.steady, layer.counters, layer.max_length)
+        return _attend(layer, query, scale, sinks)
+    finally:
+        wave_index.grow(layer)
 
 
 def _attend(layer: RetroLayer, query: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
