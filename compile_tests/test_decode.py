@@ -25,6 +25,8 @@ from retro_ops.testing import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The steady zone is full with 4 + 16 + 64 tokens, of which 64 become 8 clusters.
+SMALL_SEGMENTS = RetroConfig(local_tokens=16, cluster_size=8, segment_size=64, update_segment=64)
 
 
 def make_layer(
@@ -217,11 +219,8 @@ def test_growing_is_indexing_at_once(dtype: torch.dtype, estimator: str, prompt:
     indexed part of the prompt is whole segments (or none), and as many tokens are there in the end
     as leave whole segments again: then the state is the same, bit for bit.
     """
-    config = RetroConfig(
-        local_tokens=16,
-        cluster_size=8,
-        segment_size=64,
-        update_segment=64,
+    config = replace(
+        SMALL_SEGMENTS,
         retrieval_budget=0.2,
         min_retrieved_clusters=1,
         estimation_budget=0.5,
@@ -252,14 +251,8 @@ def test_growing_is_indexing_at_once(dtype: torch.dtype, estimator: str, prompt:
 @pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
 def test_the_index_grows_behind_the_attention(offload: bool) -> None:
     """The token that fills a segment attends to it as it is; the next one, to its clusters."""
-    config = RetroConfig(
-        local_tokens=16,
-        cluster_size=8,
-        segment_size=64,
-        update_segment=64,
-        retrieval_budget=0.0,
-        min_retrieved_clusters=1,
-        estimation_budget=0.0,
+    config = replace(
+        SMALL_SEGMENTS, retrieval_budget=0.0, min_retrieved_clusters=1, estimation_budget=0.0
     )
     full = 4 + 16 + 64
     keys, values = make_kv(2, 2, full + 1, 32)
@@ -281,11 +274,10 @@ def test_an_interrupted_step_leaves_room_for_the_next(
     offload: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever it is, also that whose token fills a segment: the token stays."""
-    config = RetroConfig(local_tokens=16, cluster_size=8, segment_size=64, update_segment=64)
     full = 4 + 16 + 64
     keys, values = make_kv(2, 2, 2 * full, 32)
-    layer = make_layer(config, keys, 4, 2 * full, offload=offload)
-    expected = make_layer(config, keys, 4, 2 * full, offload=offload)
+    layer = make_layer(SMALL_SEGMENTS, keys, 4, 2 * full, offload=offload)
+    expected = make_layer(SMALL_SEGMENTS, keys, 4, 2 * full, offload=offload)
 
     def interrupted(*_: object) -> Tensor:
         raise KeyboardInterrupt
@@ -344,10 +336,9 @@ def test_a_grown_index_is_as_good_as_one_of_a_prompt(offload: bool) -> None:
 
 def test_rows_reach_their_segments_at_different_steps() -> None:
     """A padded row that the prompt does not index grows like one without a prompt."""
-    config = RetroConfig(local_tokens=16, cluster_size=8, segment_size=64, update_segment=64)
     keys, values = make_kv(3, 2, 300, 32)
     starts = [0, 30, 100]
-    layer = make_layer(config, keys, 4, 300)
+    layer = make_layer(SMALL_SEGMENTS, keys, 4, 300)
     layer.prefill(keys[:, :, :110], values[:, :, :110], torch.tensor(starts))
     query = make_query(keys, 4)
     clusters = []
@@ -362,7 +353,7 @@ def test_rows_reach_their_segments_at_different_steps() -> None:
     ]
     for row in (1, 2):
         own = slice(row, row + 1)
-        alone = make_layer(config, keys[own], 4, 300)
+        alone = make_layer(SMALL_SEGMENTS, keys[own], 4, 300)
         for t in range(starts[row], 300):
             token = slice(t, t + 1)
             alone_out = alone.decode(query[own], keys[own, :, token], values[own, :, token])
