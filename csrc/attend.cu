@@ -501,13 +501,14 @@ struct Walker {
 
   // Copies the tile whose rows lie where `at` says, this lane's at lane % 16.
   __device__ __forceinline__ void copy(int stage, int32_t at) {
+    const uint64_t policy = once_policy();
     if (!estimates) {
 #pragma unroll(S::kUnroll)
       for (int k = 0; k < S::kKeyChunks / 32; ++k) {
         const int index = k * 32 + lane, row = index / S::kKeyRow, chunk = index % S::kKeyRow;
         const int32_t own = __shfl_sync(kAllLanes, at, row);
-        copy_async(
-            keys_at(stage) + S::key_place(row, chunk), keys.row(own) + chunk,
+        copy_async_with(
+            policy, keys_at(stage) + S::key_place(row, chunk), keys.row(own) + chunk,
             own != -1 && chunk < row_chunks);
       }
     } else if (groups % 4 == 0) {
@@ -534,8 +535,8 @@ struct Walker {
     for (int k = 0; k < S::kValueChunks / 32; ++k) {
       const int index = k * 32 + lane, row = index / S::kValueRow, chunk = index % S::kValueRow;
       const int32_t own = __shfl_sync(kAllLanes, at, row);
-      copy_async(
-          values_at(stage) + S::value_place(row, chunk), values.row(own) + chunk,
+      copy_async_with(
+          policy, values_at(stage) + S::value_place(row, chunk), values.row(own) + chunk,
           own != -1 && chunk < row_chunks);
     }
   }
@@ -547,9 +548,7 @@ struct Walker {
     if (v >= min(rows, last * kTileTokens)) return;
     const uint4* row = values.row(ids[v]);
 #pragma unroll 1
-    for (int chunk = 0; chunk < row_chunks; chunk += 8) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(row + chunk));
-    }
+    for (int chunk = 0; chunk < row_chunks; chunk += 8) prefetch_line(row + chunk);
   }
 
   // Calls use(stage, tile) for every tile.

@@ -271,7 +271,25 @@ __device__ __forceinline__ void copy_async(void* target, const void* source, boo
                : "memory");
 }
 
-// 4 bytes; the same.
+// For what a step reads once: keys, values, mean keys and values. It leaves L2 before anything else does, so
+// that masses and ids, which one kernel of a step leaves for the next, are not written back and read again.
+// Volatile: held from tile to tile the policy would take registers that large kernels lack.
+__device__ __forceinline__ uint64_t once_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// copy_async with a policy for L2.
+__device__ __forceinline__ void copy_async_with(
+    uint64_t policy, void* target, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
+                   shared_address(target)),
+               "l"(source), "r"(valid ? 16 : 0), "l"(policy)
+               : "memory");
+}
+
+// 4 bytes; the same as copy_async.
 __device__ __forceinline__ void copy_async_word(void* target, const void* source, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(target)),
                "l"(source), "r"(valid ? 4 : 0)

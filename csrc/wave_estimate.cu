@@ -17,7 +17,6 @@ constexpr int64_t kScoreBlocks = 2;
 struct ScoreParams {
   int64_t heads, groups, head_dim, clusters;
   int32_t warp_tiles;
-  uint32_t early_blocks;  // that find room at once
   Rows query, centroid_keys;
   const int32_t* offsets;   // [B, Hkv, C + 1]
   const float* variances;   // [B, Hkv, C]
@@ -78,17 +77,6 @@ __global__ void __launch_bounds__(
   const int64_t stride = params.centroid_keys.stride_t;
   uint4* own_tiles = shared + warp * kStages * kTileChunks;
 
-  // L2 is coherent: lines of the index may come there before the predecessor has ended.
-  if (blockIdx.x + blockIdx.y * gridDim.x < params.early_blocks) {
-#pragma unroll 1
-    for (int t = 0; t < min(tiles, kStages); ++t) {
-      const int c = first + t * kScoreWarps * kTileClusters + lane / 2;
-      if (c >= clusters) continue;
-      const char* row = reinterpret_cast<const char*>(keys + c * stride);
-#pragma unroll 1
-      for (int at = lane % 2 * 128; at < row_chunks * 16; at += 256) prefetch_line(row + at);
-    }
-  }
   wait_for_predecessor();
 
   const int32_t* offsets = params.offsets + task * (params.clusters + 1);
@@ -97,14 +85,15 @@ __global__ void __launch_bounds__(
     if (t < tiles) {
       uint4* tile = own_tiles + stage * kTileChunks;
       const int first_row = first + t * kScoreWarps * kTileClusters;
+      const uint64_t policy = once_policy();
 #pragma unroll(kGroups <= 4 ? 8 : 2)
       for (int k = 0; k < 2 * kGroups; ++k) {
         const int index = k * 32 + lane, row = index / (4 * kGroups), chunk = index % (4 * kGroups);
         const bool inside = first_row + row < clusters;
         const T* from = keys + (inside ? first_row + row : 0) * stride;
-        copy_async(
-            tile + place_of<4 * kGroups>(row, chunk), reinterpret_cast<const uint4*>(from) + chunk,
-            inside && chunk < row_chunks);
+        copy_async_with(
+            policy, tile + place_of<4 * kGroups>(row, chunk),
+            reinterpret_cast<const uint4*>(from) + chunk, inside && chunk < row_chunks);
       }
       if (lane <= kTileClusters) {
         int32_t* facts = reinterpret_cast<int32_t*>(tile + kKeyChunks);
@@ -410,7 +399,6 @@ void choose(
   score.clusters = params.clusters;
   score.warp_tiles =
       static_cast<int32_t>(warp_tiles_of(params.clusters, tasks, launch.processors()));
-  score.early_blocks = static_cast<uint32_t>(kScoreBlocks * launch.processors());
   score.query = params.query;
   score.centroid_keys = params.centroid_keys;
   score.offsets = params.offsets;

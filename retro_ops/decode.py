@@ -34,9 +34,9 @@ def decode_step(
     """Appends one token per row, attends to the whole context, and indexes what is full.
 
     The index grows last: the token that fills a segment still attends to it as it is, and on a GPU
-    the scores of clusters, whose first copies overlap with `append_tokens`, do not wait for
-    `grow_index`, which as a rule finds nothing to do. It also grows where attention fails or is
-    interrupted: else the next step might find no room for its token.
+    the scores of clusters do not wait for `grow_index`, which as a rule finds nothing to do. It
+    also grows where attention fails or is interrupted: else the next step might find no room for
+    its token.
 
     Args:
         layer: the state; changed in place.
