@@ -41,6 +41,7 @@ from test_models import (
     state_of,
 )
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 
 from retro_ops import RetroConfig, RetroLayer, turn
@@ -68,34 +69,39 @@ def part(tokens: Tokens, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]
     return tokens.queries[:, :, own], tokens.keys[:, :, own], tokens.values[:, :, own]
 
 
-def assert_dense_turn(
-    out: Tensor, tokens: Tokens | Row, first: int, scale: float | None = None
+def assert_dense_steps(
+    out: Tensor, tokens: Tokens | Row, first: int, scale: float | None = None, *runs: Tensor
 ) -> None:
-    """Asserts that `out` is causal dense attention of the tokens from `first` on."""
-    last = first + out.shape[2]
+    """Asserts that `out` is causal dense attention of the tokens from `first` on.
+
+    Args:
+        out: `[B, Hq, T, D]`.
+        tokens: whose they are.
+        first: of the T tokens.
+        scale: factor on q . k; None: 1 / sqrt(D).
+        *runs: further runs of plain torch, each with a first axis of runs.
+    """
     exact, eager = [], []
-    for t in range(first, last):
+    for t in range(first, first + out.shape[2]):
         query, keys, values = tokens.queries[:, :, t : t + 1], *tokens.prompt(t + 1)
         exact.append(dense_attention(query.double(), keys.double(), values.double(), scale=scale))
         eager.append(dense_runs(query, keys, values, scale))
-    # Products of many queries may be summed in another way than those of one.
-    together = together_runs(tokens.queries[:, :, first:last], *tokens.prompt(last), scale)
-    runs = torch.cat((torch.cat(eager, dim=3), together))
-    assert_within_budget(out, torch.cat(exact, dim=2), runs)
+    assert_within_budget(out, torch.cat(exact, dim=2), torch.cat((torch.cat(eager, dim=3), *runs)))
 
 
-def together_runs(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
-    """Causal dense attention of the latest tokens at once, in several orders of head_dim."""
-    groups, tokens = query.shape[1] // keys.shape[1], query.shape[2]
-    keys, values = (tensor.repeat_interleave(groups, dim=1) for tensor in (keys, values))
-    arguments = {"query": query, "keys": keys, "values": values}
-    later = torch.ones(tokens, keys.shape[2], dtype=torch.bool).triu(keys.shape[2] - tokens + 1)
-    outs = []
-    for run_, _ in in_orders_of_head_dim(arguments, ("query", "keys")):
-        logits = run_["query"] @ run_["keys"].transpose(-1, -2)
-        logits = logits * (query.shape[3] ** -0.5 if scale is None else scale)
-        outs.append(logits.masked_fill(later, -torch.inf).softmax(dim=-1) @ run_["values"])
-    return torch.stack(outs)
+def assert_dense_turn(
+    out: Tensor, tokens: Tokens | Row, first: int, scale: float | None = None
+) -> None:
+    """The same of tokens at once: some CPUs sum products of many queries in another way."""
+    last = first + out.shape[2]
+    keys, values = tokens.prompt(last)
+    arguments = {"query": tokens.queries[:, :, first:last], "key": keys, "value": values}
+    visible = torch.ones(last - first, last, dtype=torch.bool).tril(first)
+    together = [
+        scaled_dot_product_attention(**run_, attn_mask=visible, scale=scale, enable_gqa=True)
+        for run_, _ in in_orders_of_head_dim(arguments, ("query", "key"))
+    ]
+    assert_dense_steps(out, tokens, first, scale, torch.stack(together))
 
 
 class Row:
@@ -168,7 +174,7 @@ def test_a_long_turn_is_exact_and_loses_nothing(prompt: int, new: int, offload: 
     assert stats["indexed_tokens"] == 2 * (indexed + left // 8 * 8 * (left >= 32))
     assert stats["indexed_tokens"] + stats["steady_tokens"] == 2 * (prompt + new)
     assert stats["steps"] == 0
-    assert_dense_turn(run(layer, tokens, prompt + new, prompt + new + 10), tokens, prompt + new)
+    assert_dense_steps(run(layer, tokens, prompt + new, prompt + new + 10), tokens, prompt + new)
 
 
 @pytest.mark.parametrize("max_length", [52, 53, 84, 97, 200, 255])
@@ -388,9 +394,9 @@ def test_a_crop_right_after_a_segment_was_indexed() -> None:
         layer.extend(*part(tokens, int(layer.lengths()[0]), length))
         assert layer.croppable().tolist() == [16, 16]
         layer.crop(back)
-        assert_dense_turn(run(layer, tokens, back, back + 3), tokens, back)
+        assert_dense_steps(run(layer, tokens, back, back + 3), tokens, back)
         layer.crop(back)
-    assert_dense_turn(run(layer, tokens, 117, 150), tokens, 117)
+    assert_dense_steps(run(layer, tokens, 117, 150), tokens, 117)
 
 
 @offloads
